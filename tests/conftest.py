@@ -1,0 +1,76 @@
+"""Runs the scripts on the demo as a user would, offline; all that they cache goes to a folder of the session."""
+
+import io
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["PYTHONWARNINGS"] = "default"
+REPO = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(REPO))
+
+# A run of seconds; flags of a test come after these and win.
+SHORT = (
+    "--max_train_steps=4 --train_batch_size=4 --max_train_samples=16 --validation_inference_steps=2 --logging_steps=2 "
+    "--validation_prompts rocket"
+).split()
+
+
+@pytest.fixture(scope="session", autouse=True)
+def hub_cache(tmp_path_factory) -> Path:
+    """Everything that `datasets` and the scripts cache, away from the user's."""
+    cache = tmp_path_factory.mktemp("cache")
+    os.environ["HF_HOME"] = str(cache)
+    return cache
+
+
+@pytest.fixture
+def train(hub_cache, tmp_path):
+    """Runs the script in this process: `train("--beta_mapo=8")` -> its output folder."""
+
+    def run(*flags: str, output_dir: str = "out") -> Path:
+        from accelerate.state import AcceleratorState
+
+        import train_diffusion_mapo_sdxl as script
+
+        AcceleratorState._reset_state(reset_partial_state=True)
+        out = tmp_path / output_dir
+        script.main(script.parse_args([*SHORT, f"--output_dir={out}", f"--cache_dir={hub_cache}", *flags]))
+        return out
+
+    return run
+
+
+@pytest.fixture
+def launch(hub_cache, tmp_path):
+    """Runs the script in processes of its own, as users do; returns the finished process with its output."""
+
+    def run(*flags: str, launcher: tuple[str, ...] = (), check: bool = True) -> subprocess.CompletedProcess:
+        command = [*launch_command(*launcher), *flags, f"--cache_dir={hub_cache}"]
+        done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=900)
+        assert not check or done.returncode == 0, done.stdout + done.stderr
+        return done
+
+    return run
+
+
+def launch_command(*launcher: str) -> list[str]:
+    accelerate = [sys.executable, "-m", "accelerate.commands.launch", *launcher]
+    return [*accelerate, str(REPO / "train_diffusion_mapo_sdxl.py")]
+
+
+def read_weights(out: Path) -> dict:
+    from safetensors.torch import load_file
+
+    return load_file(out / "unet" / "diffusion_pytorch_model.safetensors")
+
+
+def picture_bytes(picture, kind: str = "PNG") -> bytes:
+    buffer = io.BytesIO()
+    picture.save(buffer, format=kind)
+    return buffer.getvalue()
