@@ -52,14 +52,18 @@ Departures from the authors' code:
 
 import argparse
 import hashlib
+import importlib.util
 import io
+import itertools
 import json
 import logging
 import math
 import os
 import shutil
+import signal
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -67,6 +71,7 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import ProjectConfiguration, set_seed
 from PIL import Image, ImageOps
+from safetensors import SafetensorError
 from tqdm.auto import tqdm
 
 from mapo_loss import mapo_loss
@@ -83,12 +88,22 @@ DEMO_SETTINGS = {
     "output_dir": "mapo-demo",
     "resolution": 64,
     "train_batch_size": 16,
-    "learning_rate": 1e-4,
+    "learning_rate": 3e-6,
     "lr_scheduler": "constant_with_warmup",
     "lr_warmup_steps": 10,
-    "max_train_steps": 300,
-    "validation_guidance_scale": 3.0,
+    "max_train_steps": 110,  # the tiny model knows its pictures by heart: many more, and it forgets how to draw
+    "validation_guidance_scale": 2.0,
 }
+# What --optimizer offers, and the package that it needs beside torch and transformers. adamw_bf16 has weights and
+# states in bf16, and Kahan summation for updates too small for a bf16 weight (why: benchmarks/bf16_optimizers.py).
+OPTIMIZER_PACKAGES = {
+    "adamw": None,
+    "adamw_8bit": "bitsandbytes",
+    "adamw_bf16": "optimi",
+    "adafactor": None,
+    "prodigy": "prodigyopt",
+}
+PIP_NAMES = {"optimi": "torch-optimi"}
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -109,12 +124,24 @@ def parse_args(input_args: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--dataset_name", help="Pairs on the hub, or a local folder or file that `datasets` reads.")
     parser.add_argument("--dataset_config_name", help="Configuration of the data set.")
     parser.add_argument("--dataset_split_name", default="train", help="Split of the data set, or several: a+b.")
+    parser.add_argument("--streaming", action="store_true", help="Read while training; encode in every step.")
     parser.add_argument("--image_root", help="Folder that relative paths of pictures in the data set start from.")
     for name in ("caption", "chosen", "rejected", "image_0", "image_1", "label_0", "label_1"):
         parser.add_argument(f"--{name}_column", help="Where the data set's columns aren't those of a known one.")
-    parser.add_argument("--cache_dir", help="Where downloads go, and the encoded pictures and captions.")
-    parser.add_argument("--resolution", type=int, default=1024, help="Side of the training pictures, in pixels.")
+    parser.add_argument("--tie_policy", choices=["drop", "random"], default="drop", help="random: a winner by lot.")
+    parser.add_argument("--skip_unreadable", action="store_true", help="Leave out pictures that can't be read.")
+    parser.add_argument("--label_noise_prob", type=float, default=0.0, help="Share of pairs to swap, by seed.")
     parser.add_argument("--max_train_samples", type=int, help="Use the first N pairs only.")
+    parser.add_argument("--resolution", type=int, default=1024, help="Side of the training pictures, in pixels.")
+    parser.add_argument(
+        "--random_crop", action="store_true", help="Instead of the centre; with cached latents one each."
+    )
+    parser.add_argument("--random_flip", action="store_true", help="Mirror half of the pairs, both pictures or none.")
+    parser.add_argument("--proportion_empty_prompts", type=float, default=0.0, help="Share of captions left out.")
+    parser.add_argument(
+        "--cache_latents", action=argparse.BooleanOptionalAction, help="Default: on, unless streaming."
+    )
+    parser.add_argument("--cache_dir", help="Where downloads go, and the encoded pictures and captions.")
     parser.add_argument("--dataloader_num_workers", type=int, default=0)
 
     # Method
@@ -125,21 +152,35 @@ def parse_args(input_args: list[str] | None = None) -> argparse.Namespace:
         help="beta of eq. 5-7: 8 for general preference, up to 1024 for a subject.",
     )
     parser.add_argument("--snr_value", type=float, default=0.5, help="s of Appendix A, which scales the losses.")
+    parser.add_argument("--noise_offset", type=float, default=0.0, help="Scale of noise that a whole channel shares.")
+
+    # LoRA
+    parser.add_argument("--use_lora", action="store_true", help="Train a LoRA instead of all weights.")
+    parser.add_argument("--rank", type=int, default=32)
+    parser.add_argument("--lora_alpha", type=float, help="Default: the rank.")
+    parser.add_argument("--lora_dropout", type=float, default=0.0)
+    parser.add_argument("--lora_layers", default="to_k,to_q,to_v,to_out.0", help="Names of layers, with commas.")
+    parser.add_argument("--use_dora", action="store_true")
+    parser.add_argument("--output_kohya_format", action="store_true", help="A second file for ComfyUI and A1111.")
 
     # Optimization
     parser.add_argument("--train_batch_size", type=int, default=4, help="Pairs per process and forward pass.")
     parser.add_argument("--gradient_accumulation_steps", type=int, default=1)
     parser.add_argument("--max_train_steps", type=int, default=2000, help="Optimizer steps.")
-    parser.add_argument("--learning_rate", type=float, default=1e-7, help="Not scaled by batch or processes.")
+    parser.add_argument("--learning_rate", type=float, help="Not scaled by anything. Default: 1e-7, of a LoRA 1e-5.")
     schedules = ["linear", "cosine", "cosine_with_restarts", "polynomial", "constant", "constant_with_warmup"]
     parser.add_argument("--lr_scheduler", default="cosine", choices=schedules)
     parser.add_argument("--lr_warmup_steps", type=int, default=0)
-    parser.add_argument("--use_8bit_adam", action="store_true", help="AdamW of bitsandbytes with 8-bit states.")
+    parser.add_argument("--optimizer", choices=list(OPTIMIZER_PACKAGES), default="adamw")
+    parser.add_argument("--use_8bit_adam", action="store_true", help="The same as --optimizer adamw_8bit.")
     parser.add_argument("--adam_beta1", type=float, default=0.9)
     parser.add_argument("--adam_beta2", type=float, default=0.999)
     parser.add_argument("--adam_weight_decay", type=float, default=1e-2)
     parser.add_argument("--adam_epsilon", type=float, default=1e-8)
     parser.add_argument("--max_grad_norm", type=float, default=1.0)
+    parser.add_argument("--max_nonfinite_steps", type=int, default=10, help="Stop after so many in a row.")
+    parser.add_argument("--use_ema", action="store_true", help="Draw with and save a running mean of the weights.")
+    parser.add_argument("--ema_decay", type=float, default=0.9999)
     parser.add_argument("--seed", type=int, default=0)
 
     # Speed and memory
@@ -147,6 +188,10 @@ def parse_args(input_args: list[str] | None = None) -> argparse.Namespace:
         "--mixed_precision", choices=["no", "fp16", "bf16"], help="Default: that of accelerate's config."
     )
     parser.add_argument("--gradient_checkpointing", action="store_true", help="Less memory, a third more compute.")
+    parser.add_argument("--compile", action="store_true", help="Compile the blocks of the UNet.")
+    parser.add_argument(
+        "--activation_memory_budget", type=float, help="With --compile: share of the activations to keep, 0 to 1."
+    )
     parser.add_argument("--allow_tf32", action="store_true", help="TF32 matrix products on Ampere and later.")
     parser.add_argument("--enable_xformers_memory_efficient_attention", action="store_true")
 
@@ -155,29 +200,77 @@ def parse_args(input_args: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--checkpointing_steps", type=int, default=500, help="Steps between checkpoints.")
     parser.add_argument("--checkpoints_total_limit", type=int, help="Keep the newest N checkpoints.")
     parser.add_argument("--resume_from_checkpoint", help="A checkpoint's folder, or `latest`.")
-    parser.add_argument("--validation_prompts", nargs="+", help="Drawn before and after; default: 8 of the captions.")
+    parser.add_argument(
+        "--validation_prompts", nargs="+", help="Prompts, or a text file with one a line; default: 8 of the captions."
+    )
+    parser.add_argument("--validation_steps", type=int, help="Draw them every N steps too, not only before and after.")
     parser.add_argument("--validation_guidance_scale", type=float, default=5.0)
     parser.add_argument("--validation_inference_steps", type=int, default=25)
     parser.add_argument("--logging_steps", type=int, default=10, help="Steps between writes of the metrics.")
     parser.add_argument("--report_to", choices=["none", "tensorboard", "wandb", "trackio"], default="none")
+    parser.add_argument("--push_to_hub", action="store_true")
+    parser.add_argument("--hub_model_id", help="Repository on the hub; default: the name of --output_dir.")
+    parser.add_argument("--hub_token")
 
     args = parser.parse_args(input_args)
     args.demo = args.pretrained_model_name_or_path is None and args.dataset_name is None
     if args.demo:
         parser.set_defaults(**DEMO_SETTINGS)  # what the user did name still counts
         args = argparse.Namespace(**vars(parser.parse_args(input_args)), demo=True)
-    check_args(parser, args)
+    if args.use_8bit_adam:
+        args.optimizer = "adamw_8bit"
+    if args.cache_latents is None:
+        args.cache_latents = not args.streaming
+    if args.learning_rate is None:
+        args.learning_rate = 1e-5 if args.use_lora else 1e-7
+    check_numbers(parser, args)
+    check_choices(parser, args)
     return args
 
 
-def check_args(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
-    """Ends the run with one line where an argument can't be used, before anything is loaded."""
+def check_numbers(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
+    """Ends the run with one line where a number is out of its range."""
+    least = {
+        "train_batch_size": 1,
+        "gradient_accumulation_steps": 1,
+        "max_train_steps": 1,
+        "max_train_samples": 1,
+        "max_nonfinite_steps": 1,
+        "checkpointing_steps": 1,
+        "checkpoints_total_limit": 1,
+        "validation_steps": 1,
+        "validation_inference_steps": 1,
+        "logging_steps": 1,
+        "rank": 1,
+        "lr_warmup_steps": 0,
+        "dataloader_num_workers": 0,
+        "seed": 0,
+        "noise_offset": 0,
+        "resolution": 8,
+    }
+    for name, bound in least.items():
+        value = getattr(args, name)
+        if value is not None and not bound <= value < math.inf:
+            parser.error(f"--{name} {value}: must be at least {bound}")
+    for name in ("beta_mapo", "snr_value", "learning_rate", "max_grad_norm", "lora_alpha", "adam_epsilon"):
+        value = getattr(args, name)
+        if value is not None and not (value > 0 and math.isfinite(value)):
+            parser.error(f"--{name} {value}: must be positive and finite")
+    shares = ("label_noise_prob", "proportion_empty_prompts", "lora_dropout", "ema_decay", "activation_memory_budget")
+    for name in (*shares, "adam_beta1", "adam_beta2"):
+        value = getattr(args, name)
+        if value is not None and not 0 <= value <= 1:
+            parser.error(f"--{name} {value}: must be between 0 and 1")
+    if args.resolution % 8:
+        parser.error(f"--resolution {args.resolution}: must be a multiple of 8; try {round(args.resolution / 8) * 8}")
+
+
+def check_choices(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
+    """Ends the run with one line where arguments don't go together, or name what isn't there."""
     if args.demo and not DEMO.is_dir():
         parser.error(f"{DEMO} is missing: name --pretrained_model_name_or_path and --dataset_name")
-    for given, missing in (
-        ("pretrained_model_name_or_path", "dataset_name"),
-        ("dataset_name", "pretrained_model_name_or_path"),
-    ):
+    named = ("pretrained_model_name_or_path", "dataset_name")
+    for given, missing in (named, named[::-1]):
         if getattr(args, given) is not None and getattr(args, missing) is None:
             parser.error(f"--{given} {getattr(args, given)} needs --{missing} too; with neither, the demo is trained")
     for together in (("chosen", "rejected"), ("image_0", "image_1", "label_0")):
@@ -185,40 +278,70 @@ def check_args(parser: argparse.ArgumentParser, args: argparse.Namespace) -> Non
         if given and len(given) < len(together):
             missing = next(name for name in together if name not in given)
             parser.error(f"--{given[0]}_column needs --{missing}_column too")
-    if args.chosen_column is not None and args.image_0_column is not None:
-        parser.error("--chosen_column and --image_0_column exclude each other: the first needs no label")
-    if args.label_1_column is not None and args.label_0_column is None:
-        parser.error("--label_1_column needs --label_0_column too")
-    at_least = {
-        "train_batch_size": 1,
-        "gradient_accumulation_steps": 1,
-        "max_train_steps": 1,
-        "max_train_samples": 1,
-        "checkpointing_steps": 1,
-        "checkpoints_total_limit": 1,
-        "validation_inference_steps": 1,
-        "logging_steps": 1,
-        "lr_warmup_steps": 0,
-        "dataloader_num_workers": 0,
-        "seed": 0,
-        "resolution": 8,
-    }
-    for name, least in at_least.items():
-        value = getattr(args, name)
-        if value is not None and value < least:
-            parser.error(f"--{name} {value}: must be at least {least}")
-    for name in ("beta_mapo", "snr_value", "learning_rate", "max_grad_norm"):
-        value = getattr(args, name)
-        if not (value > 0 and math.isfinite(value)):
-            parser.error(f"--{name} {value}: must be positive and finite")
-    if args.resolution % 8:
-        parser.error(f"--resolution {args.resolution}: must be a multiple of 8; try {round(args.resolution / 8) * 8}")
+    needs = (
+        (args.label_1_column, "--label_1_column", args.label_0_column, "--label_0_column"),
+        (args.use_dora, "--use_dora", args.use_lora, "--use_lora"),
+        (args.output_kohya_format, "--output_kohya_format", args.use_lora, "--use_lora"),
+        (args.activation_memory_budget, "--activation_memory_budget", args.compile, "--compile"),
+        (args.hub_model_id, "--hub_model_id", args.push_to_hub, "--push_to_hub"),
+    )
+    for given, name, needed, needed_name in needs:
+        if given not in (None, False) and not needed:
+            parser.error(f"{name} needs {needed_name} too")
+    exclusive = (
+        (args.chosen_column, "--chosen_column", args.image_0_column, "--image_0_column"),
+        (args.streaming, "--streaming", args.cache_latents, "--cache_latents"),
+        (args.use_lora, "--use_lora", args.optimizer == "adamw_bf16", "--optimizer adamw_bf16"),
+        (args.optimizer == "adamw_bf16", "--optimizer adamw_bf16", args.mixed_precision == "fp16", "fp16"),
+        (args.optimizer == "adamw_bf16", "--optimizer adamw_bf16", args.use_ema, "--use_ema"),
+        # accelerate's config of wandb would carry the token to wandb's servers.
+        (args.hub_token, "--hub_token", args.report_to == "wandb", "--report_to wandb"),
+    )
+    for given, name, other, other_name in exclusive:
+        if given and other:
+            parser.error(f"{name} and {other_name} exclude each other")
+    check_packages(parser, args)
+    if args.image_root is not None and not Path(args.image_root).is_dir():
+        parser.error(f"--image_root {args.image_root}: no such folder")
+    for name in ("output_dir", "cache_dir"):
+        path = getattr(args, name)
+        if path is not None and Path(path).exists() and not Path(path).is_dir():
+            parser.error(f"--{name} {path}: is a file; name a folder")
+    args.validation_prompts = read_prompts(parser, args.validation_prompts)
     checkpoints = list_checkpoints(Path(args.output_dir))
     if checkpoints and args.resume_from_checkpoint is None:
         parser.error(
             f"--output_dir {args.output_dir} holds {checkpoints[-1].name} of an earlier run: continue it with "
             "--resume_from_checkpoint latest, or name another folder"
         )
+
+
+def check_packages(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
+    """Ends the run with one line where a flag needs a package that isn't installed."""
+    packages = {
+        f"--optimizer {args.optimizer}": OPTIMIZER_PACKAGES[args.optimizer],
+        f"--report_to {args.report_to}": None if args.report_to == "none" else args.report_to,
+        "--enable_xformers_memory_efficient_attention": (
+            "xformers" if args.enable_xformers_memory_efficient_attention else None
+        ),
+    }
+    for flag, package in packages.items():
+        if package is not None and importlib.util.find_spec(package) is None:
+            parser.error(f"{flag} needs a package: pip install {PIP_NAMES.get(package, package)}")
+
+
+def read_prompts(parser: argparse.ArgumentParser, prompts: list[str] | None) -> list[str] | None:
+    """Prompts as given, or the lines of a .txt file."""
+    if prompts is not None and len(prompts) == 1 and prompts[0].endswith(".txt"):
+        if not Path(prompts[0]).is_file():
+            parser.error(f"--validation_prompts {prompts[0]}: no such file")
+        lines = Path(prompts[0]).read_text(encoding="utf-8").splitlines()
+        prompts = [line.strip() for line in lines if line.strip()]
+        if not prompts:
+            parser.error("--validation_prompts: the file has no line")
+    if prompts is not None and not all(prompt.strip() for prompt in prompts):
+        parser.error("--validation_prompts: a prompt is empty")
+    return prompts
 
 
 def fail(message: str) -> None:
@@ -238,12 +361,18 @@ def load_frozen_models(args: argparse.Namespace, device: torch.device, weight_dt
     hub = {"revision": args.revision, "variant": args.variant, "cache_dir": args.cache_dir}
     components = {"unet": None}
     if args.pretrained_vae_model_name_or_path is not None:
-        components["vae"] = AutoencoderKL.from_pretrained(
-            args.pretrained_vae_model_name_or_path, cache_dir=args.cache_dir, dtype=torch.float32
+        try:
+            components["vae"] = AutoencoderKL.from_pretrained(
+                args.pretrained_vae_model_name_or_path, cache_dir=args.cache_dir, dtype=torch.float32
+            )
+        except (OSError, ValueError) as error:
+            fail(f"--pretrained_vae_model_name_or_path {args.pretrained_vae_model_name_or_path}: {first_line(error)}")
+    try:
+        pipeline = StableDiffusionXLPipeline.from_pretrained(
+            args.pretrained_model_name_or_path, **hub, **components, dtype=weight_dtype, add_watermarker=False
         )
-    pipeline = StableDiffusionXLPipeline.from_pretrained(
-        args.pretrained_model_name_or_path, **hub, **components, dtype=weight_dtype, add_watermarker=False
-    )
+    except (OSError, ValueError) as error:
+        fail(f"--pretrained_model_name_or_path {args.pretrained_model_name_or_path}: {first_line(error)}")
     pipeline.set_progress_bar_config(disable=True)
     pipeline.to(device)
     pipeline.vae.to(torch.float32)  # SDXL's own VAE overflows in fp16
@@ -252,22 +381,52 @@ def load_frozen_models(args: argparse.Namespace, device: torch.device, weight_dt
     return pipeline
 
 
-def load_unet(args: argparse.Namespace) -> tuple:
-    """The UNet in fp32 and the noise scheduler, whose prediction type decides what the UNet is trained to predict."""
+def load_unet(args: argparse.Namespace, accelerator: Accelerator) -> tuple:
+    """The UNet and the noise scheduler, whose prediction type decides what the UNet is trained to predict."""
     from diffusers import DDPMScheduler, UNet2DConditionModel
 
     name, hub = args.pretrained_model_name_or_path, {"revision": args.revision, "cache_dir": args.cache_dir}
     noise_scheduler = DDPMScheduler.from_pretrained(name, subfolder="scheduler", **hub)
     if noise_scheduler.config.prediction_type not in ("epsilon", "v_prediction"):
         fail(f"{name}: prediction type {noise_scheduler.config.prediction_type}; needs epsilon or v_prediction")
-    unet = UNet2DConditionModel.from_pretrained(
-        name, subfolder="unet", variant=args.variant, dtype=torch.float32, **hub
-    )
+    dtype = torch.bfloat16 if args.optimizer == "adamw_bf16" else torch.float32
+    if args.use_lora:  # the frozen weights may be as short as the computation
+        dtype = {"fp16": torch.float16, "bf16": torch.bfloat16}.get(accelerator.mixed_precision, torch.float32)
+    unet = UNet2DConditionModel.from_pretrained(name, subfolder="unet", variant=args.variant, dtype=dtype, **hub)
+    if args.use_lora:
+        add_lora(unet, args)
+        keep_lora_only(accelerator)
     if args.gradient_checkpointing:
         unet.enable_gradient_checkpointing()
     if args.enable_xformers_memory_efficient_attention:
         unet.enable_xformers_memory_efficient_attention()
+    if args.compile:
+        if args.activation_memory_budget is not None:
+            torch._functorch.config.activation_memory_budget = args.activation_memory_budget
+        unet.compile_repeated_blocks(fullgraph=True)
     return unet.train(), noise_scheduler
+
+
+def add_lora(unet, args: argparse.Namespace) -> None:
+    """Freezes the UNet and adds a LoRA in fp32."""
+    from diffusers.training_utils import cast_training_params
+    from peft import LoraConfig
+
+    unet.requires_grad_(False)
+    layers = [layer.strip() for layer in args.lora_layers.split(",") if layer.strip()]
+    config = LoraConfig(
+        r=args.rank,
+        lora_alpha=args.lora_alpha or args.rank,
+        lora_dropout=args.lora_dropout,
+        init_lora_weights="gaussian",
+        target_modules=layers,
+        use_dora=args.use_dora,
+    )
+    try:
+        unet.add_adapter(config)
+    except ValueError as error:
+        fail(f"--lora_layers {args.lora_layers}: {first_line(error)}")
+    cast_training_params(unet, dtype=torch.float32)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -310,52 +469,71 @@ def find_columns(args: argparse.Namespace, names: list[str]) -> tuple:
 class PreferencePairs:
     """The rows of a data set whose label decides.
 
+    Args:
+        dataset: rows as `datasets` has them, pictures not decoded.
+        first_row: number of the first row in the whole data set, where `dataset` is a part of it.
+
     Attributes:
         captions: caption of each pair. (N,)
-        rows: row of each pair in the data set. (N,)
+        rows: row of each pair in `dataset`. (N,)
         winner_first: whether picture 0 is the chosen one. (N,)
+        tied, unlabelled: numbers of such rows.
     """
 
-    def __init__(self, dataset, args: argparse.Namespace) -> None:
+    def __init__(self, dataset, args: argparse.Namespace, first_row: int = 0) -> None:
         caption, *self.sides, label_0, label_1 = find_columns(args, dataset.column_names)
-        self.dataset, self.image_root = dataset, Path(args.image_root or ".")
+        self.dataset, self.first_row, self.image_root = dataset, first_row, Path(args.image_root or ".")
         count = len(dataset)
-        if label_0 is None:
-            share = np.ones(count)
-        else:
+        share = np.ones(count)
+        if label_0 is not None:
             share = read_labels(dataset[label_0], label_0)
             other = 1 - share if label_1 is None else read_labels(dataset[label_1], label_1)
             share = np.where(share == other, 0.5, np.where(np.isnan(other), np.nan, share > other))
         labelled = ~np.isnan(share)
         if "has_label" in dataset.column_names:
             labelled &= np.array(dataset["has_label"], dtype=bool)
-        decided = labelled & (share != 0.5)
-        self.tied, self.unlabelled = int((labelled & ~decided).sum()), int((~labelled).sum())
-        self.rows = np.flatnonzero(decided)[: args.max_train_samples]
-        if len(self.rows) == 0:
-            counts = f"{self.tied} tied, {self.unlabelled} unlabelled"
-            fail(f"--dataset_name {args.dataset_name}: none of {count} rows can be used ({counts})")
-        self.winner_first = share[self.rows] > 0.5
+        tied = labelled & (share == 0.5)
+        self.tied, self.unlabelled = int(tied.sum()), int((~labelled).sum())
+        lots = np.random.default_rng((args.seed, first_row)).random((count, 2))
+        winner_first = np.where(tied, lots[:, 0] < 0.5, share > 0.5) ^ (lots[:, 1] < args.label_noise_prob)
+        self.rows = np.flatnonzero(labelled if args.tie_policy == "random" else labelled & ~tied)
+        self.winner_first = winner_first[self.rows]
         captions = dataset[caption]
         self.captions = [captions[i] for i in self.rows.tolist()]
         for row, text in zip(self.rows.tolist(), self.captions):
             if not isinstance(text, str):
-                fail(f"--dataset_name {args.dataset_name}: row {row}: {caption} is {text!r}; a caption must be text")
+                fail(f"{self.where(row)}: {caption} is {text!r}; a caption must be text")
 
     def __len__(self) -> int:
         return len(self.rows)
 
+    def where(self, row: int) -> str:
+        return f"--dataset_name: row {self.first_row + row}"
+
+    def keep(self, which: np.ndarray) -> None:
+        """Drops the other pairs. Indices or mask. (N,)"""
+        self.rows, self.winner_first = self.rows[which], self.winner_first[which]
+        self.captions = np.array(self.captions, dtype=object)[which].tolist()
+
     def pictures(self, i: int) -> tuple[Image.Image, Image.Image]:
-        """Winner and loser of pair i, in RGB."""
+        """Winner and loser of pair i, in RGB. Raises ValueError, which names the row, where one is unreadable."""
         row = int(self.rows[i])
-        record = self.dataset[row]
-        decoded = []
+        record, decoded = self.dataset[row], []
         for side in self.sides if self.winner_first[i] else reversed(self.sides):
             try:
                 decoded.append(decode_picture(record[side], self.image_root))
-            except Exception as error:
-                fail(f"--dataset_name: row {row}: {side} is no readable picture ({error}); remove the row or mend it")
+            except Exception as error:  # PIL's decoders raise whatever they please
+                raise ValueError(f"{self.where(row)}: {side} is no readable picture ({error})") from error
         return tuple(decoded)
+
+    def fingerprint(self) -> str:
+        """Changes with the rows, with which of them are used and who won, and with the files that they name."""
+        files = []
+        for side in self.sides:
+            values = self.dataset[side] if self.dataset.features[side].dtype == "string" else []
+            files += [(path, os.stat(self.image_root / path).st_mtime_ns) for path in values if path]
+        used = (self.rows.tobytes(), self.winner_first.tobytes())
+        return hash_of(self.dataset._fingerprint, files, *used)
 
 
 def read_labels(values, column: str) -> np.ndarray:
@@ -366,7 +544,7 @@ def read_labels(values, column: str) -> np.ndarray:
         fail(f"--label_0_column {column}: {error}; labels must be numbers")
 
 
-def load_pairs(args: argparse.Namespace) -> PreferencePairs:
+def load_dataset(args: argparse.Namespace):
     """From the hub, or from a local file or folder: parquet, arrow, JSON lines, CSV, webdataset tars, `save_to_disk`,
     or pictures in `w/` and `l/` with their captions in NAME.txt."""
     import datasets
@@ -381,24 +559,31 @@ def load_pairs(args: argparse.Namespace) -> PreferencePairs:
         ".csv": "csv",
         ".tar": "webdataset",
     }
-    hub = {"split": args.dataset_split_name, "cache_dir": args.cache_dir}
+    options = {"split": args.dataset_split_name, "cache_dir": args.cache_dir, "streaming": args.streaming}
     try:
         if path.is_file():
             if path.suffix not in kinds:
                 fail(f"--dataset_name {path}: not one of {', '.join(kinds)}")
-            dataset = datasets.load_dataset(kinds[path.suffix], data_files={args.dataset_split_name: str(path)}, **hub)
+            files = {args.dataset_split_name: str(path)}
+            dataset = datasets.load_dataset(kinds[path.suffix], data_files=files, **options)
         elif (path / "w").is_dir() and (path / "l").is_dir():
             dataset = datasets.Dataset.from_list(list_picture_folders(path))
         elif (path / "dataset_info.json").is_file():
             dataset = datasets.load_from_disk(path)
         else:
-            dataset = datasets.load_dataset(args.dataset_name, args.dataset_config_name, **hub)
+            dataset = datasets.load_dataset(args.dataset_name, args.dataset_config_name, **options)
     except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
-        fail(f"--dataset_name {args.dataset_name}: {str(error).splitlines()[0]}")
-    for column, feature in dataset.features.items():
+        fail(f"--dataset_name {args.dataset_name}: {first_line(error)}")
+    if args.streaming and isinstance(dataset, datasets.Dataset):
+        dataset = dataset.to_iterable_dataset()
+    for column, feature in (dataset.features or {}).items():
         if isinstance(feature, datasets.Image):
             dataset = dataset.cast_column(column, datasets.Image(decode=False))
-    return PreferencePairs(dataset, args)
+    return dataset
+
+
+def first_line(error: Exception) -> str:
+    return next(iter(str(error).strip().splitlines()), type(error).__name__)
 
 
 def list_picture_folders(path: Path) -> list[dict[str, str]]:
@@ -410,7 +595,47 @@ def list_picture_folders(path: Path) -> list[dict[str, str]]:
         for where, files in (("w/", winners), ("l/", losers), ("", captions)):
             if name not in files:
                 fail(f"--dataset_name {path}: no {where}{name}{'.txt' if not where else ''} to go with the others")
-    return [{"caption": captions[n].read_text().strip(), "chosen": winners[n], "rejected": losers[n]} for n in names]
+    rows = [{"caption": captions[n].read_text(encoding="utf-8").strip()} for n in names]
+    return [row | {"chosen": winners[n], "rejected": losers[n]} for row, n in zip(rows, names)]
+
+
+def load_pairs(args: argparse.Namespace, accelerator: Accelerator) -> PreferencePairs:
+    """All pairs, without those that have an unreadable picture; says how many rows were left out and why."""
+    dataset = load_dataset(args)
+    pairs = PreferencePairs(dataset, args)
+    counts = (
+        f"{len(dataset)} rows: {pairs.tied} ties {'decided by lot' if args.tie_policy == 'random' else 'left out'}"
+    )
+    counts += f", {pairs.unlabelled} without a label"
+    if len(pairs) == 0:
+        fail(f"--dataset_name {args.dataset_name}: no row can be used ({counts})")
+    if args.max_train_samples is not None:
+        pairs.keep(np.arange(min(args.max_train_samples, len(pairs))))
+
+    def read(indices: np.ndarray) -> dict[str, list[bool]]:
+        with ThreadPoolExecutor() as pool:
+            return {"readable": list(pool.map(lambda i: can_read(pairs, i, args), indices.tolist()))}
+
+    try:
+        name = f"reading-{hash_of(pairs.fingerprint(), args.skip_unreadable)}"
+    except OSError as error:
+        fail(f"--dataset_name {args.dataset_name}: {error}; see --image_root")
+    readable = encode_once(name, {"readable": ((), "bool")}, len(pairs), read, 64, args, accelerator)["readable"]
+    logger.info(f"{counts}, {int((~readable).sum())} unreadable.")
+    pairs.keep(np.flatnonzero(readable))
+    if len(pairs) == 0:
+        fail(f"--dataset_name {args.dataset_name}: none of its pictures can be read")
+    return pairs
+
+
+def can_read(pairs: PreferencePairs, i: int, args: argparse.Namespace) -> bool:
+    try:
+        pairs.pictures(i)
+    except ValueError as error:
+        if not args.skip_unreadable:
+            fail(f"{first_line(error)}; mend it, or leave such rows out with --skip_unreadable")
+        return False
+    return True
 
 
 def decode_picture(value: bytes | str | dict | Image.Image, image_root: Path = Path(".")) -> Image.Image:
@@ -429,21 +654,32 @@ def decode_picture(value: bytes | str | dict | Image.Image, image_root: Path = P
     return picture.convert("RGB")
 
 
-def prepare_picture(picture: Image.Image, resolution: int) -> tuple[torch.Tensor, list[int]]:
-    """Resizes the shorter side to `resolution`, crops the centre.
+def prepare_picture(
+    picture: Image.Image, resolution: int, crop: np.ndarray = np.full(2, 0.5), flip: bool = False
+) -> tuple[torch.Tensor, list[int]]:
+    """Resizes the shorter side to `resolution`, crops at a share of the room there is (0.5: the centre), mirrors.
 
     Returns the pixels in [-1, 1], Shape: (3, R, R), and SDXL's micro-conditioning: original height and width, top and
     left of the crop, target height and width.
     """
     width, height = picture.size
     scale = resolution / min(width, height)
-    resized = picture.resize(
-        (max(resolution, round(width * scale)), max(resolution, round(height * scale))), Image.Resampling.LANCZOS
-    )
-    top, left = (resized.height - resolution) // 2, (resized.width - resolution) // 2
-    crop = np.asarray(resized.crop((left, top, left + resolution, top + resolution)))
-    pixels = torch.from_numpy(crop.copy()).permute(2, 0, 1).float() / 127.5 - 1
+    size = (max(resolution, round(width * scale)), max(resolution, round(height * scale)))
+    resized = picture.resize(size, Image.Resampling.LANCZOS)
+    top, left = int((resized.height - resolution) * crop[0]), int((resized.width - resolution) * crop[1])
+    cropped = resized.crop((left, top, left + resolution, top + resolution))
+    if flip:
+        cropped = ImageOps.mirror(cropped)
+        left = resized.width - resolution - left  # where the crop begins in the mirrored picture
+    pixels = torch.from_numpy(np.asarray(cropped).copy()).permute(2, 0, 1).float() / 127.5 - 1
     return pixels, [height, width, top, left, resolution, resolution]
+
+
+def prepare_pair(pairs: PreferencePairs, i: int, key: tuple, flip: bool, args: argparse.Namespace) -> tuple:
+    """Pixels of winner and loser, Shape: (2, 3, R, R), and the winner's micro-conditioning; crops by lot of `key`."""
+    crops = np.random.default_rng((args.seed, 1, *key)).random((2, 2)) if args.random_crop else np.full((2, 2), 0.5)
+    winner, loser = (prepare_picture(p, args.resolution, c, flip) for p, c in zip(pairs.pictures(i), crops))
+    return torch.stack([winner[0], loser[0]]), winner[1]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -451,15 +687,16 @@ def prepare_picture(picture: Image.Image, resolution: int) -> tuple[torch.Tensor
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def fingerprint(*parts) -> str:
-    """Hash of modules (by their weights) and of whatever has a `str`."""
+def hash_of(*parts) -> str:
+    """Hash of modules (by their weights), bytes, and whatever has a `repr`."""
     digest = hashlib.sha256()
     for part in parts:
         if isinstance(part, torch.nn.Module):
             for tensor in part.state_dict().values():
                 digest.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy())
         else:
-            digest.update(f"{part}\0".encode())
+            digest.update(part if isinstance(part, bytes) else repr(part).encode())
+        digest.update(b"\0")
     return digest.hexdigest()[:24]
 
 
@@ -482,13 +719,11 @@ def encode_once(name: str, arrays: dict, length: int, encode, batch_size: int, a
         try:
             for key, (shape, dtype) in columns.items():  # "done" is last: it says that the others are there
                 temporary = folder / f"{key}.tmp.npy"
-                array = np.lib.format.open_memmap(temporary, "w+", dtype, (length, *shape))
-                if hasattr(
-                    os, "posix_fallocate"
-                ):  # takes the room now: on a full disk, a write to the map is a SIGBUS
+                del_me = np.lib.format.open_memmap(temporary, "w+", dtype, (length, *shape))
+                del del_me
+                if hasattr(os, "posix_fallocate"):  # takes the room now: later, a full disk would be a SIGBUS
                     with open(temporary, "r+b") as file:
                         os.posix_fallocate(file.fileno(), 0, temporary.stat().st_size)
-                del array
                 os.replace(temporary, folder / f"{key}.npy")
         except OSError as error:
             shutil.rmtree(folder, ignore_errors=True)
@@ -498,7 +733,8 @@ def encode_once(name: str, arrays: dict, length: int, encode, batch_size: int, a
     missing = np.flatnonzero(~maps["done"])
     accelerator.wait_for_everyone()  # all have looked before any writes
     mine = missing[accelerator.process_index :: accelerator.num_processes]
-    bar = tqdm(total=len(mine), desc=f"Encoding {name.split('-')[0]}", disable=not accelerator.is_main_process)
+    what = name.split("-")[0].capitalize()
+    bar = tqdm(total=len(mine), desc=what, disable=len(mine) == 0 or not accelerator.is_main_process)
     for start in range(0, len(mine), batch_size):
         chunk = mine[start : start + batch_size]
         for key, values in encode(chunk).items():
@@ -511,91 +747,179 @@ def encode_once(name: str, arrays: dict, length: int, encode, batch_size: int, a
 
 
 @torch.no_grad()
+def encode_pixels(pixels: torch.Tensor, vae) -> torch.Tensor:
+    """(B, 3, R, R) in [-1, 1] -> latents as the UNet takes them, (B, C, h, w), fp32: the mode, not a sample."""
+    posterior = vae.encode(pixels.to(vae.device, vae.dtype)).latent_dist
+    latents = (posterior.mode().float() - (vae.config.shift_factor or 0)) * vae.config.scaling_factor
+    if not latents.isfinite().all():
+        fail("the VAE returns values that aren't finite; try --pretrained_vae_model_name_or_path")
+    return latents
+
+
 def encode_pictures(pairs: PreferencePairs, vae, args: argparse.Namespace, accelerator: Accelerator) -> dict:
-    """Latents of winner and loser, scaled, Shape: (N, 2, 4, h, w), fp16; the winner's time_ids, (N, 6), fp32."""
+    """`latents` of winner and loser, Shape: (N, F, 2, C, h, w), fp16, and the winner's `time_ids`, (N, F, 6), fp32.
+    F is 2 with --random_flip, the second one mirrored, else 1."""
     channels, side = vae.config.latent_channels, args.resolution // 2 ** (len(vae.config.block_out_channels) - 1)
+    flips = (False, True) if args.random_flip else (False,)
 
     def encode(indices: np.ndarray) -> dict[str, np.ndarray]:
-        pixels, time_ids = [], []
-        for i in indices.tolist():
-            winner, loser = (prepare_picture(picture, args.resolution) for picture in pairs.pictures(i))
-            pixels += [winner[0], loser[0]]
-            time_ids.append(winner[1])
-        posterior = vae.encode(torch.stack(pixels).to(vae.device, vae.dtype)).latent_dist
-        latents = (posterior.mode() - (vae.config.shift_factor or 0)) * vae.config.scaling_factor
-        if not latents.isfinite().all():
-            fail(f"rows {pairs.rows[indices].tolist()}: the VAE returns values that aren't finite")
-        return {"latents": latents.unflatten(0, (-1, 2)).cpu().numpy(), "time_ids": np.array(time_ids)}
+        # Keyed by its row, a pair keeps its crop when the seed of the run or the number of pairs changes.
+        prepared = [prepare_pair(pairs, i, (int(pairs.rows[i]),), f, args) for i in indices.tolist() for f in flips]
+        latents = encode_pixels(torch.cat([pixels for pixels, _ in prepared]), vae)
+        time_ids = np.array([ids for _, ids in prepared])
+        return {
+            "latents": latents.unflatten(0, (len(indices), len(flips), 2)).cpu().numpy(),
+            "time_ids": time_ids.reshape(len(indices), len(flips), 6),
+        }
 
-    key = fingerprint(
-        vae, pairs.dataset._fingerprint, hash_of(pairs.rows), hash_of(pairs.winner_first), args.resolution, "v1"
-    )
-    arrays = {"latents": ((2, channels, side, side), "float16"), "time_ids": ((6,), "float32")}
-    return encode_once(f"pictures-{key}", arrays, len(pairs), encode, args.train_batch_size, args, accelerator)
-
-
-def hash_of(array: np.ndarray) -> str:
-    return hashlib.sha256(array.tobytes()).hexdigest()
+    crop = args.seed if args.random_crop else "centre"
+    key = hash_of(vae, vae.config.scaling_factor, pairs.fingerprint(), args.resolution, crop, len(flips), "v2")
+    arrays = {
+        "latents": ((len(flips), 2, channels, side, side), "float16"),
+        "time_ids": ((len(flips), 6), "float32"),
+    }
+    size = max(1, args.train_batch_size // len(flips))
+    return encode_once(f"pictures-{key}", arrays, len(pairs), encode, size, args, accelerator)
 
 
 @torch.no_grad()
+def embed_captions(captions: list[str], pipeline, device: torch.device) -> dict[str, torch.Tensor]:
+    """`prompt_embeds`, Shape: (B, L, D), and `pooled_prompt_embeds`, (B, P), fp32; zeros for an empty caption where
+    the pipeline has them at inference."""
+    embeds, _, pooled, _ = pipeline.encode_prompt(captions, device=device, do_classifier_free_guidance=False)
+    if pipeline.config.force_zeros_for_empty_prompt:
+        kept = torch.tensor([caption != "" for caption in captions], device=device)
+        embeds, pooled = embeds * kept[:, None, None], pooled * kept[:, None]
+    return {"prompt_embeds": embeds.float(), "pooled_prompt_embeds": pooled.float()}
+
+
 def encode_captions(captions: list[str], pipeline, args: argparse.Namespace, accelerator: Accelerator) -> dict:
-    """Embeddings of each caption, Shape: (N, L, D), and pooled, (N, P), both in fp16."""
+    """What `embed_captions` returns, in fp16 on disk. Shape: (N, ...)"""
 
     def encode(indices: np.ndarray) -> dict[str, np.ndarray]:
-        embeds, _, pooled, _ = pipeline.encode_prompt(
-            [captions[i] for i in indices.tolist()], device=accelerator.device, do_classifier_free_guidance=False
-        )
-        return {"prompt_embeds": embeds.float().cpu().numpy(), "pooled_prompt_embeds": pooled.float().cpu().numpy()}
+        embedded = embed_captions([captions[i] for i in indices.tolist()], pipeline, accelerator.device)
+        return {key: value.cpu().numpy() for key, value in embedded.items()}
 
     width = pipeline.text_encoder.config.hidden_size + pipeline.text_encoder_2.config.hidden_size
     arrays = {
         "prompt_embeds": ((pipeline.tokenizer.model_max_length, width), "float16"),
         "pooled_prompt_embeds": ((pipeline.text_encoder_2.config.projection_dim,), "float16"),
     }
-    key = fingerprint(pipeline.text_encoder, pipeline.text_encoder_2, json.dumps(captions), "v1")
+    key = hash_of(pipeline.text_encoder, pipeline.text_encoder_2, captions, "v2")
     return encode_once(f"captions-{key}", arrays, len(captions), encode, 64, args, accelerator)
 
 
-class EncodedPairs(torch.utils.data.Dataset):
-    """What the training step takes, by position in the run: pairs are shuffled anew in each epoch, by seed."""
+class PairsByPosition(torch.utils.data.Dataset):
+    """What a training step takes, by position in the run: pairs are shuffled anew in each epoch, by seed.
 
-    def __init__(
-        self, pairs: PreferencePairs, pictures: dict, caption_index: dict, embeddings: dict, seed: int
-    ) -> None:
-        self.pairs, self.pictures, self.embeddings, self.seed = pairs, pictures, embeddings, seed
-        self.caption_rows = [caption_index[caption] for caption in pairs.captions]
+    Args:
+        captions: row of each caption in `embeddings`; the empty caption is among them.
+        pictures: what `encode_pictures` returns, or None: then a row has `pixels`, Shape: (2, 3, R, R).
+    """
+
+    def __init__(self, pairs: PreferencePairs, captions: dict, embeddings: dict, pictures: dict | None, args) -> None:
+        self.pairs, self.pictures, self.embeddings, self.args = pairs, pictures, embeddings, args
+        self.caption_rows, self.empty = [captions[caption] for caption in pairs.captions], captions[""]
         self.epoch = None
 
     def __getitem__(self, position: int) -> dict[str, torch.Tensor]:
         epoch, i = divmod(position, len(self.pairs))
         if epoch != self.epoch:
-            self.order, self.epoch = np.random.default_rng((self.seed, epoch)).permutation(len(self.pairs)), epoch
-        i = self.order[i]
-        row = {key: array[i] for key, array in self.pictures.items()}
-        row |= {key: array[self.caption_rows[i]] for key, array in self.embeddings.items()}
-        tensors = {key: torch.from_numpy(np.array(value, dtype=np.float32)) for key, value in row.items()}
+            self.order = np.random.default_rng((self.args.seed, 0, epoch)).permutation(len(self.pairs))
+            self.epoch = epoch
+        i = int(self.order[i])
+        flip, drop = draw_choices(position, self.args)
+        caption_row = self.empty if drop else self.caption_rows[i]
+        row = {key: array[caption_row] for key, array in self.embeddings.items()}
+        if self.pictures is None:
+            row["pixels"], row["time_ids"] = prepare_pair(self.pairs, i, (position,), flip, self.args)
+        else:
+            row |= {key: array[i, int(flip)] for key, array in self.pictures.items()}
+        tensors = {key: torch.as_tensor(np.array(value, dtype=np.float32)) for key, value in row.items()}
         return tensors | {"position": torch.tensor(position)}
 
 
-def make_batches(dataset: EncodedPairs, first_step: int, args: argparse.Namespace, accelerator: Accelerator):
-    """This process's batches from optimizer step `first_step` on. The positions of one optimizer step are the same
-    set, however they are split over processes and accumulation."""
-    size, processes = args.train_batch_size, accelerator.num_processes
-    accumulation = args.gradient_accumulation_steps
-    batch_sampler = [
-        range(
-            (batch * processes + accelerator.process_index) * size,
-            (batch * processes + accelerator.process_index + 1) * size,
-        )
+def draw_choices(position: int, args: argparse.Namespace) -> tuple[bool, bool]:
+    """Whether the pair at this position is mirrored, and whether its caption is left out: one decision per pair."""
+    lots = np.random.default_rng((args.seed, 2, position)).random(2)
+    return bool(args.random_flip and lots[0] < 0.5), bool(lots[1] < args.proportion_empty_prompts)
+
+
+class StreamedPairs(torch.utils.data.IterableDataset):
+    """Batches of pairs that are read while training; a resumed run reads on, undecoded, to where it was."""
+
+    def __init__(self, dataset, batches: list[range], args: argparse.Namespace) -> None:
+        self.dataset, self.batches, self.args = dataset.shuffle(seed=args.seed, buffer_size=1000), batches, args
+
+    def __iter__(self):
+        source, position = self.read(), 0
+        for batch in self.batches:
+            rows = []
+            for wanted in batch:
+                while position <= wanted:
+                    (pairs, i), position = next(source), position + 1
+                flip, drop = draw_choices(wanted, self.args)
+                try:
+                    pixels, time_ids = prepare_pair(pairs, i, (wanted,), flip, self.args)
+                except ValueError as error:
+                    fail(f"{first_line(error)}; mend it, or leave such rows out with --skip_unreadable")
+                row = {"pixels": pixels, "time_ids": torch.tensor(time_ids, dtype=torch.float32)}
+                rows.append(row | {"caption": "" if drop else pairs.captions[i], "position": wanted})
+            yield torch.utils.data.default_collate(rows)
+
+    def read(self):
+        """(pairs, i) of every usable row, epoch after epoch; the same in every process."""
+        for epoch in itertools.count():
+            self.dataset.set_epoch(epoch)
+            found = False
+            for found in itertools.islice(self.read_epoch(), self.args.max_train_samples):
+                yield found
+            if not found:
+                fail(f"--dataset_name {self.args.dataset_name}: no row can be used")
+
+    def read_epoch(self):
+        import datasets
+
+        rows, skip = iter(self.dataset), self.args.skip_unreadable
+        for first_row in itertools.count(0, 64):
+            chunk = list(itertools.islice(rows, 64))
+            if not chunk:
+                return
+            pairs = PreferencePairs(datasets.Dataset.from_list(chunk), self.args, first_row)
+            yield from ((pairs, i) for i in range(len(pairs)) if not skip or can_read(pairs, i, self.args))
+
+
+def encode_batch(batch: dict, pipeline, device: torch.device) -> dict:
+    """Adds the latents and embeddings that weren't encoded ahead."""
+    if "pixels" in batch:
+        pixels = batch.pop("pixels")
+        batch["latents"] = encode_pixels(pixels.flatten(0, 1), pipeline.vae).unflatten(0, pixels.shape[:2])
+    if "caption" in batch:
+        batch |= embed_captions(batch.pop("caption"), pipeline, device)
+    return batch
+
+
+def list_batches(first_step: int, args: argparse.Namespace, accelerator: Accelerator) -> list[range]:
+    """Positions in the run of this process's batches, from optimizer step `first_step` on. The positions of one step
+    are the same set, however they are split over processes and accumulation."""
+    size, processes, accumulation = args.train_batch_size, accelerator.num_processes, args.gradient_accumulation_steps
+    firsts = (
+        (batch * processes + accelerator.process_index) * size
         for batch in range(first_step * accumulation, args.max_train_steps * accumulation)
-    ]
-    return torch.utils.data.DataLoader(
-        dataset,
-        batch_sampler=batch_sampler,
-        num_workers=args.dataloader_num_workers,
-        pin_memory=accelerator.device.type == "cuda",
     )
+    return [range(first, first + size) for first in firsts]
+
+
+def make_batches(dataset, batches: list[range], pipeline, args: argparse.Namespace, accelerator: Accelerator):
+    """Yields what `training_step` takes."""
+    workers = {"num_workers": args.dataloader_num_workers, "pin_memory": accelerator.device.type == "cuda"}
+    if args.streaming:
+        workers["num_workers"] = min(1, workers["num_workers"])  # each would read the whole stream
+        loader = torch.utils.data.DataLoader(StreamedPairs(dataset, batches, args), batch_size=None, **workers)
+    else:
+        loader = torch.utils.data.DataLoader(dataset, batch_sampler=batches, **workers)
+    for batch in loader:
+        yield encode_batch(batch, pipeline, accelerator.device)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -604,7 +928,7 @@ def make_batches(dataset: EncodedPairs, first_step: int, args: argparse.Namespac
 
 
 def draw_noise(
-    positions: torch.Tensor, shape: torch.Size, num_timesteps: int, seed: int, device: torch.device
+    positions: torch.Tensor, shape: torch.Size, num_timesteps: int, offset: float, seed: int, device: torch.device
 ) -> tuple:
     """Noise, Shape: (B, *shape), and timesteps, (B,), each pair's from the seed and its position alone."""
     noise, timesteps = [], []
@@ -613,6 +937,8 @@ def draw_noise(
         generator.manual_seed((seed * 0x9E3779B97F4A7C15 + position) % 2**63)
         noise.append(torch.randn(shape, generator=generator, device=device))
         timesteps.append(torch.randint(num_timesteps, (), generator=generator, device=device))
+        if offset > 0:
+            noise[-1] += offset * torch.randn((shape[0], 1, 1), generator=generator, device=device)
     return torch.stack(noise), torch.stack(timesteps)
 
 
@@ -620,7 +946,8 @@ def training_step(unet, batch: dict, noise_scheduler, args: argparse.Namespace, 
     """Loss of a batch of B pairs, and its metrics, which stay on the device."""
     num_timesteps = noise_scheduler.config.num_train_timesteps
     latents = batch["latents"].to(device, non_blocking=True)  # (B, 2, C, h, w)
-    noise, timesteps = draw_noise(batch["position"], latents.shape[2:], num_timesteps, args.seed, device)
+    draw = (latents.shape[2:], num_timesteps, args.noise_offset, args.seed, device)
+    noise, timesteps = draw_noise(batch["position"], *draw)
 
     # Winners, then losers. The two of a pair share noise, timestep and conditioning: only the picture differs.
     latents = latents.transpose(0, 1).flatten(0, 1)  # (2B, C, h, w)
@@ -648,27 +975,50 @@ def training_step(unet, batch: dict, noise_scheduler, args: argparse.Namespace, 
 
 
 def list_checkpoints(output_dir: Path) -> list[Path]:
-    """Whole checkpoints, oldest first. `state.json` is written last, and the folder gets its name after that."""
-    found = [path for path in output_dir.glob("checkpoint-*") if (path / "state.json").is_file()]
-    return sorted((p for p in found if p.name.split("-")[1].isdigit()), key=lambda path: int(path.name.split("-")[1]))
+    """Whole checkpoints, oldest first: those whose files have the sizes that `state.json` says."""
+    found = [path for path in output_dir.glob("checkpoint-*") if path.name.split("-")[1].isdigit()]
+    return sorted((p for p in found if is_whole(p)), key=lambda path: int(path.name.split("-")[1]))
 
 
-def save_checkpoint(step: int, args: argparse.Namespace, accelerator: Accelerator) -> None:
-    """Weights, optimizer, learning rate schedule and random states, written aside and then renamed."""
+def is_whole(checkpoint: Path) -> bool:
+    try:
+        sizes = json.loads((checkpoint / "state.json").read_text())["sizes"]
+        return all((checkpoint / name).stat().st_size == size for name, size in sizes.items())
+    except (OSError, ValueError, KeyError):
+        return False
+
+
+def save_checkpoint(step: int, args: argparse.Namespace, accelerator: Accelerator) -> Path:
+    """Weights, optimizer, learning rate schedule, EMA and random states, written aside and then renamed."""
     folder = Path(args.output_dir) / f"checkpoint-{step}"
     aside = folder.with_name(f"tmp-{folder.name}")
     if accelerator.is_main_process:
         shutil.rmtree(aside, ignore_errors=True)
     accelerator.wait_for_everyone()
-    accelerator.save_state(str(aside))
+    try:
+        accelerator.save_state(str(aside))
+        accelerator.wait_for_everyone()
+        if accelerator.is_main_process:
+            sizes = {str(p.relative_to(aside)): p.stat().st_size for p in aside.rglob("*") if p.is_file()}
+            state = {"step": step, "sizes": sizes, "settings": public_settings(args)}
+            (aside / "state.json").write_text(json.dumps(state, indent=2))
+            shutil.rmtree(folder, ignore_errors=True)
+            os.replace(aside, folder)
+            if args.checkpoints_total_limit is not None:
+                for old in list_checkpoints(Path(args.output_dir))[: -args.checkpoints_total_limit]:
+                    shutil.rmtree(old)
+    except (OSError, RuntimeError, SafetensorError) as error:  # torch and safetensors have errors of their own
+        shutil.rmtree(aside, ignore_errors=True)
+        fail(
+            f"--output_dir {args.output_dir}: checkpoint-{step} can't be written ({first_line(error)}); make room, "
+            "then go on with --resume_from_checkpoint latest"
+        )
     accelerator.wait_for_everyone()
-    if accelerator.is_main_process:
-        (aside / "state.json").write_text(json.dumps({"step": step, "settings": vars(args)}, indent=2))
-        shutil.rmtree(folder, ignore_errors=True)
-        os.replace(aside, folder)
-        if args.checkpoints_total_limit is not None:
-            for old in list_checkpoints(Path(args.output_dir))[: -args.checkpoints_total_limit]:
-                shutil.rmtree(old)
+    return folder
+
+
+def public_settings(args: argparse.Namespace) -> dict:
+    return {name: value for name, value in sorted(vars(args).items()) if name != "hub_token" and value is not None}
 
 
 def find_checkpoint(args: argparse.Namespace) -> Path | None:
@@ -677,13 +1027,41 @@ def find_checkpoint(args: argparse.Namespace) -> Path | None:
         return None
     if args.resume_from_checkpoint == "latest":
         checkpoints = list_checkpoints(Path(args.output_dir))
+        for broken in sorted(set(Path(args.output_dir).glob("checkpoint-*")) - set(checkpoints)):
+            logger.info(f"{broken} is not a whole checkpoint and is passed over.")
         if not checkpoints:
             logger.info(f"No checkpoint in {args.output_dir} yet: training starts from scratch.")
         return checkpoints[-1] if checkpoints else None
     checkpoint = Path(args.resume_from_checkpoint)
-    if not (checkpoint / "state.json").is_file():
+    if not is_whole(checkpoint):
         fail(f"--resume_from_checkpoint {checkpoint}: no whole checkpoint; try `latest`")
     return checkpoint
+
+
+def keep_lora_only(accelerator: Accelerator) -> None:
+    """Has checkpoints hold the LoRA's weights instead of all of the UNet's."""
+    from peft import get_peft_model_state_dict, set_peft_model_state_dict
+    from safetensors.torch import load_file, save_file
+
+    def save(models, weights, folder) -> None:
+        if accelerator.is_main_process:
+            save_file(get_peft_model_state_dict(unwrap(models[0], accelerator)), Path(folder) / "lora.safetensors")
+        weights.clear()  # accelerate writes what is left in here
+
+    def load(models, folder) -> None:
+        set_peft_model_state_dict(unwrap(models.pop(), accelerator), load_file(Path(folder) / "lora.safetensors"))
+
+    accelerator.register_save_state_pre_hook(save)
+    accelerator.register_load_state_pre_hook(load)
+
+
+def unwrap(model, accelerator: Accelerator):
+    model = accelerator.unwrap_model(model)
+    return model._orig_mod if hasattr(model, "_orig_mod") else model
+
+
+def trainable(unet, accelerator: Accelerator) -> list[torch.nn.Parameter]:
+    return [parameter for parameter in unwrap(unet, accelerator).parameters() if parameter.requires_grad]
 
 
 class MetricsLog:
@@ -694,6 +1072,7 @@ class MetricsLog:
         self.args, self.accelerator = args, accelerator
         self.path = Path(args.output_dir) / "metrics.jsonl"
         self.micro_steps, self.pending, self.history = [], [], []
+        self.skipped_in_a_row, self.warned = 0, False
         if accelerator.is_main_process:
             if first_step and self.path.exists():  # what an unbroken run would have written by now
                 lines = self.path.read_text().splitlines()
@@ -708,23 +1087,26 @@ class MetricsLog:
         self.micro_steps.append(torch.stack(list(metrics.values())))
         self.names = list(metrics)
 
-    def end_step(self, step: int, grad_norm: torch.Tensor, learning_rate: float) -> None:
+    def end_step(self, step: int, grad_norm: torch.Tensor, learning_rate: float, skipped: bool) -> None:
         values = torch.cat([torch.stack(self.micro_steps).mean(0), grad_norm.detach().float().reshape(1)])
-        self.pending.append((step, learning_rate, values))
+        self.pending.append((step, learning_rate, skipped, values))
         self.micro_steps = []
+        self.skipped_in_a_row = self.skipped_in_a_row + 1 if skipped else 0
+        if skipped:
+            logger.info(f"Step {step} is skipped: its loss or gradient isn't finite.")
         if step % self.args.logging_steps == 0 or step == self.args.max_train_steps:
             self.flush()
 
     def flush(self) -> None:
         if not self.pending:
             return
-        values = self.accelerator.reduce(torch.stack([v for _, _, v in self.pending]), "mean").tolist()
-        now = time.perf_counter()
-        args = self.args
+        values = self.accelerator.reduce(torch.stack([values for *_, values in self.pending]), "mean").tolist()
+        now, args = time.perf_counter(), self.args
         pairs = args.train_batch_size * args.gradient_accumulation_steps * self.accelerator.num_processes
         records = []
-        for (step, learning_rate, _), row in zip(self.pending, values):
+        for (step, learning_rate, skipped, _), row in zip(self.pending, values):
             record = {"step": step, **dict(zip([*self.names, "grad_norm"], row)), "learning_rate": learning_rate}
+            record["skipped"] = int(skipped)
             record["pairs_per_second"] = pairs * len(self.pending) / (now - self.clock)
             record["peak_memory_gb"] = peak_memory_gb(self.accelerator.device)
             records.append(record)
@@ -735,16 +1117,22 @@ class MetricsLog:
         for record in records:
             self.accelerator.log({k: v for k, v in record.items() if k != "step"}, step=record["step"])
         self.history += records
+        self.warn_of_saturation()
         self.bar.update(len(records))
-        shown = {
-            "loss": "loss",
-            "margin": "margin",
-            "acc": "accuracy",
-            "weight": "margin_weight",
-            "pairs/s": "pairs_per_second",
-        }
-        means = {short: sum(r[name] for r in records) / len(records) for short, name in shown.items()}
+        shown = {"margin": "margin", "acc": "accuracy", "weight": "margin_weight", "pairs/s": "pairs_per_second"}
+        means = {k: sum(r[name] for r in records) / len(records) for k, name in ({"loss": "loss"} | shown).items()}
         self.bar.set_postfix({short: f"{value:.3g}" for short, value in means.items()})
+
+    def warn_of_saturation(self) -> None:
+        recent = [record["margin_weight"] for record in self.history[-100:]]
+        if self.warned or len(recent) < 100 or sum(recent) / 100 >= 0.01:
+            return
+        self.warned = True
+        beta = self.args.beta_mapo
+        logger.info(
+            f"--beta_mapo {beta:g}: over 100 steps the margin's gradient was below 1 % of the SFT term's, so this is "
+            f"plain fine-tuning on the chosen pictures. Try --beta_mapo {max(beta / 8, 1):g}, unless that is wanted."
+        )
 
     def plot(self) -> None:
         """curves.png: the four curves by which a run is judged."""
@@ -795,29 +1183,30 @@ def save_aside(path: Path, save) -> None:
 
 
 @torch.no_grad()
-def draw_pictures(unet, pipeline, embeddings: dict, args, accelerator: Accelerator) -> list[Image.Image]:
-    """One picture per prompt, prompt i from seed i, by the UNet as it is now; spread over the processes."""
+def draw_pictures(unet, ema, pipeline, embeddings: dict, args, accelerator: Accelerator) -> list[Image.Image]:
+    """One picture per prompt, prompt i from seed i, by the UNet (or its EMA) as it is now; spread over processes."""
     from accelerate.utils import gather_object
 
     device, count = accelerator.device, len(embeddings["prompt_embeds"]) - 1  # the last row is the empty prompt
-    model = accelerator.unwrap_model(unet)
+    model = unwrap(unet, accelerator)
+    if ema is not None:
+        ema.store(trainable(unet, accelerator))
+        ema.copy_to(trainable(unet, accelerator))
     model.eval()
     pipeline.unet = model
     pipeline.vae.to(device)
-    empty = {
-        key: torch.from_numpy(np.array(value[-1:], dtype=np.float32)).to(device) for key, value in embeddings.items()
-    }
-    if pipeline.config.force_zeros_for_empty_prompt:
-        empty = {key: torch.zeros_like(value) for key, value in empty.items()}
+    rows = {key: torch.from_numpy(np.array(value, dtype=np.float32)).to(device) for key, value in embeddings.items()}
+    # As many calls in every process: a sharded model can be called by all of them together only.
+    share, size = -(-count // accelerator.num_processes), args.train_batch_size
+    mine = (np.arange(share) * accelerator.num_processes + accelerator.process_index) % count
     pictures = []
-    mine = np.arange(count)[accelerator.process_index :: accelerator.num_processes]
-    for start in range(0, len(mine), args.train_batch_size):
-        chunk = mine[start : start + args.train_batch_size]
-        rows = {k: torch.from_numpy(np.array(v[chunk], dtype=np.float32)).to(device) for k, v in embeddings.items()}
-        with accelerator.autocast():
+    for chunk in np.split(mine, range(size, share, size)):
+        positive = {key: value[chunk] for key, value in rows.items()}
+        negative = {f"negative_{key}": value[-1:].expand_as(positive[key]) for key, value in rows.items()}
+        with accelerator.autocast(), torch.compiler.set_stance("force_eager"):  # not worth compiling for
             latents = pipeline(
-                **rows,
-                **{f"negative_{key}": value.expand_as(rows[key]) for key, value in empty.items()},
+                **positive,
+                **negative,
                 height=args.resolution,
                 width=args.resolution,
                 num_inference_steps=args.validation_inference_steps,
@@ -829,9 +1218,12 @@ def draw_pictures(unet, pipeline, embeddings: dict, args, accelerator: Accelerat
         decoded = torch.cat([pipeline.vae.decode(latent[None]).sample for latent in latents])
         pictures += list(zip(chunk.tolist(), pipeline.image_processor.postprocess(decoded)))
     pipeline.unet = None
-    pipeline.vae.to("cpu")
+    if args.cache_latents:
+        pipeline.vae.to("cpu")
+    if ema is not None:
+        ema.restore(trainable(unet, accelerator))
     model.train()
-    return [picture for _, picture in sorted(gather_object(pictures), key=lambda pair: pair[0])]
+    return [picture for _, picture in sorted(dict(gather_object(pictures)).items())]
 
 
 def draw_grid(prompts: list[str], before: list[Image.Image], after: list[Image.Image]) -> Image.Image:
@@ -858,20 +1250,36 @@ def draw_grid(prompts: list[str], before: list[Image.Image], after: list[Image.I
     return grid
 
 
-def choose_prompts(pairs: PreferencePairs, args: argparse.Namespace) -> list[str]:
+def save_validation(step: int, prompts: list[str], before: list, after: list, args, accelerator: Accelerator) -> None:
+    """The grid of this step, in the output folder and in the trackers."""
+    if not accelerator.is_main_process:
+        return
+    grid = draw_grid(prompts, before, after)
+    path = Path(args.output_dir) / ("before_after.png" if step == args.max_train_steps else f"validation/{step}.png")
+    path.parent.mkdir(exist_ok=True)
+    save_aside(path, grid.save)
+    for tracker in accelerator.trackers:
+        if tracker.name == "tensorboard":
+            tracker.log_images({"before_after": np.array(grid)[None]}, step, dataformats="NHWC")
+        elif tracker.name == "wandb":
+            tracker.log_images({"before_after": [grid]}, step)
+        else:
+            import trackio
+
+            tracker.log({"before_after": trackio.Image(grid)}, step)
+
+
+def choose_prompts(dataset_captions: list[str], args: argparse.Namespace) -> list[str]:
     if args.validation_prompts is not None:
         return args.validation_prompts
     if args.demo:
-        import pyarrow.parquet
-
-        held_out = pyarrow.parquet.read_table(Path(args.dataset_name) / "test.parquet")["caption"].to_pylist()
-        return np.random.default_rng(0).permutation(held_out)[:64].tolist()
-    captions = sorted(set(pairs.captions))
+        return (DEMO / "measured_captions.txt").read_text().splitlines()  # none of them is in the training split
+    captions = sorted(set(dataset_captions) - {""})
     return np.random.default_rng(args.seed).permutation(captions)[:8].tolist()
 
 
 def judge_demo(prompts: list[str], before: list[Image.Image], after: list[Image.Image]) -> str:
-    """The demo's result in two lines, by the judge of `demo/`."""
+    """The demo's result in three lines, by the judge of `demo/`."""
     from demo.style_judge import StyleJudge
 
     judge = StyleJudge.from_pretrained()
@@ -885,28 +1293,57 @@ def judge_demo(prompts: list[str], before: list[Image.Image], after: list[Image.
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Main
+# Results
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def save_pipeline(unet, args: argparse.Namespace, accelerator: Accelerator) -> None:
-    """The whole pipeline in diffusers' format, the UNet in fp32: at 1e-7 an update is lost in fewer bits."""
+def save_weights(unet, ema, args: argparse.Namespace, accelerator: Accelerator) -> None:
+    """The LoRA, or the whole pipeline, in diffusers' format. Called by every process: a sharded model is gathered."""
     from diffusers import StableDiffusionXLPipeline
 
-    components = {"unet": accelerator.unwrap_model(unet)}
-    if args.pretrained_vae_model_name_or_path is not None:
-        from diffusers import AutoencoderKL
+    model = unwrap(unet, accelerator)
+    if ema is not None:
+        ema.store(trainable(unet, accelerator))
+        ema.copy_to(trainable(unet, accelerator))
+    output_dir = Path(args.output_dir)
+    if args.use_lora:
+        from diffusers.training_utils import _collate_lora_metadata
+        from diffusers.utils import convert_state_dict_to_diffusers, convert_state_dict_to_kohya
+        from peft import get_peft_model_state_dict
+        from safetensors.torch import save_file
 
+        layers = get_peft_model_state_dict(model)
+        if accelerator.is_main_process:
+            StableDiffusionXLPipeline.save_lora_weights(
+                output_dir,
+                unet_lora_layers=convert_state_dict_to_diffusers(layers),
+                **_collate_lora_metadata({"unet": model}),
+            )
+            if args.output_kohya_format:
+                named = convert_state_dict_to_kohya({f"unet.{name}": layer for name, layer in layers.items()})
+                save_aside(output_dir / "pytorch_lora_weights_kohya.safetensors", lambda path: save_file(named, path))
+    else:
+        state = accelerator.get_state_dict(unet, unwrap=True)
+        if accelerator.is_main_process:
+            save_pipeline({name.removeprefix("_orig_mod."): tensor for name, tensor in state.items()}, args)
+    if ema is not None:
+        ema.restore(trainable(unet, accelerator))
+
+
+def save_pipeline(state: dict[str, torch.Tensor], args: argparse.Namespace) -> None:
+    """The UNet as it was trained, in fp32 but for --optimizer adamw_bf16: at 1e-7 an update is lost in fewer bits."""
+    from diffusers import AutoencoderKL, StableDiffusionXLPipeline, UNet2DConditionModel
+
+    name, hub = args.pretrained_model_name_or_path, {"revision": args.revision, "cache_dir": args.cache_dir}
+    unet = UNet2DConditionModel.from_config(UNet2DConditionModel.load_config(name, subfolder="unet", **hub))
+    unet.to(next(iter(state.values())).dtype).load_state_dict(state)
+    components = {"unet": unet}
+    if args.pretrained_vae_model_name_or_path is not None:
         components["vae"] = AutoencoderKL.from_pretrained(
             args.pretrained_vae_model_name_or_path, cache_dir=args.cache_dir
         )
     pipeline = StableDiffusionXLPipeline.from_pretrained(
-        args.pretrained_model_name_or_path,
-        **components,
-        revision=args.revision,
-        variant=args.variant,
-        cache_dir=args.cache_dir,
-        dtype=torch.float32,
+        name, **components, **hub, variant=args.variant, dtype=torch.float32
     )
     output_dir = Path(args.output_dir)
     aside = output_dir / "tmp-pipeline"
@@ -920,12 +1357,15 @@ def save_pipeline(unet, args: argparse.Namespace, accelerator: Accelerator) -> N
 
 
 def save_model_card(prompts: list[str], result: str, args: argparse.Namespace) -> None:
-    from diffusers.utils.hub_utils import load_or_create_model_card, populate_model_card
+    from huggingface_hub import ModelCard, ModelCardData
 
-    settings = "\n".join(
-        f"| `{name}` | `{value}` |" for name, value in sorted(vars(args).items()) if value is not None
-    )
+    settings = "\n".join(f"| `{name}` | `{value}` |" for name, value in public_settings(args).items())
+    where = args.hub_model_id or args.output_dir
+    tuned = where if not args.use_lora else args.pretrained_model_name_or_path
+    load_lora = f'pipeline.load_lora_weights("{where}")\n' if args.use_lora else ""
     description = f"""
+# {Path(where).name}
+
 SDXL's UNet, tuned on preference pairs with [MaPO](https://huggingface.co/papers/2406.06424), beta {args.beta_mapo:g}.
 
 - base model: `{args.pretrained_model_name_or_path}`
@@ -941,38 +1381,71 @@ SDXL's UNet, tuned on preference pairs with [MaPO](https://huggingface.co/papers
 import torch
 from diffusers import StableDiffusionXLPipeline
 
-pipeline = StableDiffusionXLPipeline.from_pretrained("{args.output_dir}", dtype=torch.float16).to("cuda")
-picture = pipeline("{prompts[0]}", height={args.resolution}, width={args.resolution}).images[0]
+pipeline = StableDiffusionXLPipeline.from_pretrained("{tuned}", dtype=torch.float16).to("cuda")
+{load_lora}picture = pipeline("{prompts[0]}", height={args.resolution}, width={args.resolution}).images[0]
 ```
 
 | setting | value |
 |---|---|
 {settings}
 """
-    card = load_or_create_model_card(
-        repo_id_or_path=args.output_dir,
-        from_training=True,
+    tags = ["stable-diffusion-xl", "text-to-image", "diffusers", "mapo", "preference-tuning"]
+    data = ModelCardData(
         base_model=args.pretrained_model_name_or_path,
-        model_description=description,
-        inference=True,
+        datasets=None if Path(args.dataset_name).exists() else args.dataset_name,
+        library_name="diffusers",
+        pipeline_tag="text-to-image",
+        tags=[*tags, "lora"] if args.use_lora else tags,
     )
-    card = populate_model_card(
-        card, tags=["stable-diffusion-xl", "text-to-image", "diffusers", "mapo", "preference-tuning"]
-    )
-    save_aside(Path(args.output_dir) / "README.md", lambda path: card.save(path))
+    card = ModelCard(f"---\n{data.to_yaml()}\n---\n{description}")
+    save_aside(Path(args.output_dir) / "README.md", card.save)
 
 
-def make_optimizer(parameters, args: argparse.Namespace, device: torch.device) -> torch.optim.Optimizer:
-    options = {
-        "lr": args.learning_rate,
-        "betas": (args.adam_beta1, args.adam_beta2),
-        "weight_decay": args.adam_weight_decay,
-        "eps": args.adam_epsilon,
-    }
-    if args.use_8bit_adam:
+def create_repository(args: argparse.Namespace) -> str:
+    """Before training, so that a wrong name or token shows now."""
+    from huggingface_hub import create_repo
+    from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
+
+    name = args.hub_model_id or Path(args.output_dir).resolve().name
+    try:
+        return create_repo(name, exist_ok=True, token=args.hub_token).repo_id
+    except (HfHubHTTPError, OfflineModeIsEnabled, OSError, ValueError) as error:
+        fail(f"--push_to_hub: {name} can't be created ({first_line(error)}); see --hub_model_id and --hub_token")
+
+
+def push_to_hub(args: argparse.Namespace) -> None:
+    from huggingface_hub import upload_folder
+
+    left_out = ["checkpoint-*", "logs/*", "tmp-*"]
+    upload_folder(
+        repo_id=args.hub_model_id, folder_path=args.output_dir, token=args.hub_token, ignore_patterns=left_out
+    )
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Main
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def make_optimizer(parameters: list, args: argparse.Namespace) -> torch.optim.Optimizer:
+    decay = {"lr": args.learning_rate, "weight_decay": args.adam_weight_decay}
+    options = decay | {"betas": (args.adam_beta1, args.adam_beta2), "eps": args.adam_epsilon}
+    if args.optimizer == "adamw_8bit":
         import bitsandbytes
 
         return bitsandbytes.optim.AdamW8bit(parameters, **options)
+    if args.optimizer == "adafactor":
+        from transformers.optimization import Adafactor
+
+        return Adafactor(parameters, **decay, scale_parameter=False, relative_step=False)
+    if args.optimizer == "prodigy":
+        from prodigyopt import Prodigy
+
+        return Prodigy(parameters, **options, safeguard_warmup=True, use_bias_correction=True)
+    if args.optimizer == "adamw_bf16":
+        import optimi
+
+        return optimi.AdamW(parameters, **options, kahan_sum=True)
     return torch.optim.AdamW(parameters, **options, fused=True)
 
 
@@ -1007,6 +1480,77 @@ def prepare_run(args: argparse.Namespace) -> Accelerator:
     return accelerator
 
 
+def prepare_data(args: argparse.Namespace, accelerator: Accelerator) -> tuple:
+    """Pairs, encoded as far as they can be ahead of training.
+
+    Returns the data set that `make_batches` takes, the pipeline without UNet, the validation prompts, and their
+    embeddings with those of the empty prompt behind them.
+    """
+    if args.streaming:
+        import datasets
+
+        dataset = load_dataset(args)
+        first = PreferencePairs(datasets.Dataset.from_list(list(dataset.take(64))), args)
+        prompts = choose_prompts(first.captions, args)
+    else:
+        pairs = load_pairs(args, accelerator)
+        prompts = choose_prompts(pairs.captions, args)
+    weight_dtype = {"fp16": torch.float16, "bf16": torch.bfloat16}.get(accelerator.mixed_precision, torch.float32)
+    pipeline = load_frozen_models(args, accelerator.device, weight_dtype)
+    prompt_embeddings = encode_captions([*prompts, ""], pipeline, args, accelerator)
+    if args.streaming:
+        return dataset, pipeline, prompts, prompt_embeddings
+    distinct = sorted({*pairs.captions, ""})
+    embeddings = encode_captions(distinct, pipeline, args, accelerator)
+    pictures = encode_pictures(pairs, pipeline.vae, args, accelerator) if args.cache_latents else None
+    pipeline.text_encoder = pipeline.text_encoder_2 = None  # out of memory while training
+    dataset = PairsByPosition(pairs, {c: i for i, c in enumerate(distinct)}, embeddings, pictures, args)
+    return dataset, pipeline, prompts, prompt_embeddings
+
+
+def prepare_training(unet, checkpoint: Path | None, args: argparse.Namespace, accelerator: Accelerator) -> tuple:
+    """UNet, optimizer, learning rate schedule, EMA or None, and the steps done, as the checkpoint has them."""
+    from diffusers.optimization import get_scheduler
+    from diffusers.training_utils import EMAModel
+
+    optimizer = make_optimizer(trainable(unet, accelerator), args)
+    lr_scheduler = get_scheduler(
+        args.lr_scheduler, optimizer, num_warmup_steps=args.lr_warmup_steps, num_training_steps=args.max_train_steps
+    )
+    unet, optimizer = accelerator.prepare(unet, optimizer)
+    accelerator.register_for_checkpointing(lr_scheduler)  # not prepared: accelerate would step it once per process
+    ema = None
+    if args.use_ema:
+        ema = EMAModel(trainable(unet, accelerator), decay=args.ema_decay, use_ema_warmup=True, power=0.75)
+        accelerator.register_for_checkpointing(ema)
+    if checkpoint is None:
+        return unet, optimizer, lr_scheduler, ema, 0
+    accelerator.load_state(str(checkpoint))
+    if ema is not None:
+        ema.to(accelerator.device)
+    logger.info(f"Resumed from {checkpoint}.")
+    return unet, optimizer, lr_scheduler, ema, json.loads((checkpoint / "state.json").read_text())["step"]
+
+
+def watch_signals() -> list[str]:
+    """Names of the signals SIGTERM and SIGINT that came since; a second one ends the process as ever."""
+    came = []
+
+    def note(number, frame) -> None:
+        came.append(signal.Signals(number).name)
+        signal.signal(number, signal.SIG_DFL)
+
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, note)
+    return came
+
+
+def any_process(flag: bool, accelerator: Accelerator) -> bool:
+    if accelerator.num_processes == 1:
+        return flag
+    return accelerator.reduce(torch.tensor(float(flag), device=accelerator.device), "sum").item() > 0
+
+
 def main(args: argparse.Namespace) -> None:
     if args.demo:
         print(
@@ -1017,75 +1561,72 @@ def main(args: argparse.Namespace) -> None:
     started = time.perf_counter()
     accelerator = prepare_run(args)
     device = accelerator.device
+    if args.push_to_hub and accelerator.is_main_process:
+        args.hub_model_id = create_repository(args)
     checkpoint = find_checkpoint(args)
-    pairs = load_pairs(args)
-    logger.info(f"{len(pairs)} pairs ({pairs.tied} ties and {pairs.unlabelled} rows without a label left out)")
+    dataset, pipeline, prompts, prompt_embeddings = prepare_data(args, accelerator)
 
-    # Encode once; afterwards neither the text encoders nor the VAE is in the device's memory.
-    weight_dtype = {"fp16": torch.float16, "bf16": torch.bfloat16}.get(accelerator.mixed_precision, torch.float32)
-    pipeline = load_frozen_models(args, device, weight_dtype)
-    prompts = choose_prompts(pairs, args)
-    distinct = sorted(set(pairs.captions))
-    embeddings = encode_captions(distinct, pipeline, args, accelerator)
-    prompt_embeddings = encode_captions([*prompts, ""], pipeline, args, accelerator)
-    pictures = encode_pictures(pairs, pipeline.vae, args, accelerator)
-    pipeline.text_encoder = pipeline.text_encoder_2 = None
-    pipeline.vae.to("cpu")
-
-    unet, noise_scheduler = load_unet(args)
+    unet, noise_scheduler = load_unet(args, accelerator)
     unet.to(device)
-    before = draw_pictures(unet, pipeline, prompt_embeddings, args, accelerator)
+    before = draw_pictures(unet, None, pipeline, prompt_embeddings, args, accelerator)
 
-    from diffusers.optimization import get_scheduler
-
-    optimizer = make_optimizer(unet.parameters(), args, device)
-    lr_scheduler = get_scheduler(
-        args.lr_scheduler, optimizer, num_warmup_steps=args.lr_warmup_steps, num_training_steps=args.max_train_steps
-    )
-    unet, optimizer = accelerator.prepare(unet, optimizer)
-    accelerator.register_for_checkpointing(lr_scheduler)  # not prepared: accelerate would step it once per process
-    first_step = 0
-    if checkpoint is not None:
-        accelerator.load_state(str(checkpoint))
-        first_step = json.loads((checkpoint / "state.json").read_text())["step"]
-        logger.info(f"Resumed from {checkpoint}.")
+    unet, optimizer, lr_scheduler, ema, first_step = prepare_training(unet, checkpoint, args, accelerator)
     if args.report_to != "none":
-        accelerator.init_trackers("mapo", config={k: str(v) for k, v in vars(args).items()})
+        accelerator.init_trackers("mapo", config={k: str(v) for k, v in public_settings(args).items()})
 
-    dataset = EncodedPairs(pairs, pictures, {c: i for i, c in enumerate(distinct)}, embeddings, args.seed)
-    log = MetricsLog(first_step, args, accelerator)
-    step = first_step
+    log, signals, step = MetricsLog(first_step, args, accelerator), watch_signals(), first_step
+    batches = list_batches(first_step, args, accelerator)
     logger.info(f"First step after {time.perf_counter() - started:.1f} s.")
-    for batch in make_batches(dataset, first_step, args, accelerator):
+    for batch in make_batches(dataset, batches, pipeline, args, accelerator):
         with accelerator.accumulate(unet):
             loss, metrics = training_step(unet, batch, noise_scheduler, args, device)
             accelerator.backward(loss)
             log.add(metrics)
+            skip = False
             if accelerator.sync_gradients:
                 grad_norm = accelerator.clip_grad_norm_(unet.parameters(), args.max_grad_norm)
-            optimizer.step()
+                # fp16 has its own guard: its scaler skips such steps, and the first ones are meant to be.
+                skip = accelerator.scaler is None and not bool(grad_norm.isfinite())
+            if not skip:
+                optimizer.step()
             optimizer.zero_grad()
         if not accelerator.sync_gradients:
             continue
         step += 1
         lr_scheduler.step()
-        log.end_step(step, grad_norm, lr_scheduler.get_last_lr()[0])
-        if step % args.checkpointing_steps == 0:
+        if ema is not None and not skip:
+            ema.step(trainable(unet, accelerator))
+        log.end_step(step, grad_norm, lr_scheduler.get_last_lr()[0], skip)
+        stop = any_process(bool(signals), accelerator)
+        lost = log.skipped_in_a_row >= args.max_nonfinite_steps
+        if step % args.checkpointing_steps == 0 or stop or lost:
             log.flush()
-            save_checkpoint(step, args, accelerator)
+            saved = save_checkpoint(step, args, accelerator)
+        if lost:
+            fail(
+                f"{log.skipped_in_a_row} steps in a row had a loss or gradient that isn't finite; {saved} has the "
+                "weights as they were. Try a lower --learning_rate, or bf16 instead of fp16"
+            )
+        if stop:
+            logger.info(f"\n{' '.join(signals)}: {saved} is written; go on with --resume_from_checkpoint latest")
+            return accelerator.end_training()
+        if args.validation_steps and step % args.validation_steps == 0 and step < args.max_train_steps:
+            now = draw_pictures(unet, ema, pipeline, prompt_embeddings, args, accelerator)
+            save_validation(step, prompts, before, now, args, accelerator)
     log.bar.close()
 
-    after = draw_pictures(unet, pipeline, prompt_embeddings, args, accelerator)
+    after = draw_pictures(unet, ema, pipeline, prompt_embeddings, args, accelerator)
+    save_weights(unet, ema, args, accelerator)
+    save_validation(args.max_train_steps, prompts, before, after, args, accelerator)
     if accelerator.is_main_process:
-        output_dir = Path(args.output_dir)
-        save_pipeline(unet, args, accelerator)
-        result = judge_demo(prompts, before, after) if args.demo else ""
-        grid = draw_grid(prompts, before, after)
-        save_aside(output_dir / "before_after.png", lambda path: grid.save(path))
         log.plot()
+        result = judge_demo(prompts, before, after) if args.demo else ""
         save_model_card(prompts, result, args)
+        if args.push_to_hub:
+            push_to_hub(args)
         print(result)
-        print(f"Done in {time.perf_counter() - started:.0f} s. Before and after: {output_dir / 'before_after.png'}")
+        picture = Path(args.output_dir) / "before_after.png"
+        print(f"Done in {time.perf_counter() - started:.0f} s. Before and after: {picture}")
     accelerator.end_training()
 
 

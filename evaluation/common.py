@@ -1,0 +1,363 @@
+# Copyright 2026 The MaPO reference implementation authors. All rights reserved.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""
+What the scripts of `pairs/` and `evaluation/` share: one-line errors, files that survive a kill, tables of pictures,
+and a client for chat endpoints.
+
+Between the stages lie JSON lines that only grow and pictures that appear whole or not at all, so a stage that was
+killed looks at what is there and does the rest.
+"""
+
+import argparse
+import base64
+import contextlib
+import csv
+import errno
+import io
+import json
+import os
+import random
+import re
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from pathlib import Path
+
+from PIL import Image
+
+
+REPO = Path(__file__).resolve().parents[1]
+PICTURE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff")
+CAPTION_COLUMNS = ("caption", "prompt", "text", "Prompt", "original_prompt.txt")
+PICTURE_COLUMNS = ("image", "picture", "path", "file_name", "jpg", "png")
+CLIP_WORDS = 75  # CLIP's text encoders read 77 tokens, two of them marks: more words than this never fit
+
+
+def fail(message: str) -> None:
+    """Ends the run with one line; exit code 1."""
+    sys.exit(f"{Path(sys.argv[0]).name}: error: {message}")
+
+
+def warn(message: str) -> None:
+    print(f"{Path(sys.argv[0]).name}: warning: {message}", file=sys.stderr)
+
+
+def run_script(main, args: argparse.Namespace) -> None:
+    """`main(args)` with a quiet console; a full disk and Ctrl-C end in one line, since a rerun goes on from there."""
+    import logging
+
+    logging.getLogger("xformers").setLevel(logging.ERROR)
+    try:
+        main(args)
+    except KeyboardInterrupt:
+        fail("interrupted; the same command goes on from here")
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            raise
+        fail(f"can't write ({error.strerror}): make room, then the same command goes on from here")
+
+
+def quiet_libraries() -> None:
+    """From diffusers and transformers, only errors."""
+    import diffusers
+    import transformers
+
+    for library in (diffusers, transformers):
+        library.utils.logging.set_verbosity_error()
+        library.utils.logging.disable_progress_bar()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Files that survive a kill
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def whole_file(path: Path):
+    """A temporary path that takes the place of `path` when the block ends well."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    aside = path.with_name(f".tmp-{path.name}")
+    try:
+        yield aside
+        os.replace(aside, path)
+    finally:
+        aside.unlink(missing_ok=True)
+
+
+def write_json(path: Path, value) -> None:
+    with whole_file(path) as aside:
+        aside.write_text(json.dumps(value, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+class JsonLines:
+    """A file of JSON rows that only grows: a row is in the file when `add` returns.
+
+    Attributes:
+        rows: all rows of the file, those of earlier runs first.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path, self.rows = Path(path), []
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        data = self.path.read_bytes() if self.path.exists() else b""
+        whole, _, torn = data.rpartition(b"\n")
+        for number, line in enumerate(whole.split(b"\n") if whole else (), 1):
+            try:
+                self.rows.append(json.loads(line))
+            except ValueError:
+                fail(f"{self.path}: line {number} is no JSON: mend it or remove it")
+        self.file = open(self.path, "ab")
+        if torn:  # what a kill left of a row
+            self.file.truncate(len(data) - len(torn))
+
+    def add(self, *rows: dict) -> None:
+        self.file.write("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows).encode())
+        self.file.flush()
+        self.rows += rows
+
+
+def keep_settings(path: Path, settings: dict, where: str) -> None:
+    """Writes the settings of a folder, or ends the run where it was begun with others."""
+    settings = json.loads(json.dumps(settings))
+    if path.exists():
+        begun = json.loads(path.read_text(encoding="utf-8"))
+        for name in sorted(settings.keys() | begun.keys()):
+            if settings.get(name) != begun.get(name):
+                before, now = begun.get(name), settings.get(name)
+                fail(f"{where} was begun with {name} {before!r}, now {now!r}: name another folder")
+    else:
+        write_json(path, settings)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Tables
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def load_rows(source: str, flag: str, split: str = "train"):
+    """Rows of a table as dicts, by position.
+
+    Args:
+        source: .txt (a prompt a line), .jsonl, .json, .csv, .tsv, .parquet; a folder of pictures with NAME.txt beside
+            NAME.png, of `generate.py`, or of a data set; else an id on the hub.
+        flag: name of the flag for errors.
+
+    Returns:
+        The rows, and the folder that relative paths start from.
+    """
+    path, root = Path(source), Path(source) if Path(source).is_dir() else Path(source).parent
+    try:
+        if path.is_dir() and (path / "images.jsonl").exists():
+            return read_table(path / "images.jsonl"), root
+        if path.is_dir() and (pictures := [p for p in sorted(path.iterdir()) if p.suffix.lower() in PICTURE_SUFFIXES]):
+            for name in ("metadata.jsonl", "metadata.csv"):
+                if (path / name).exists():
+                    return read_table(path / name), root
+            if lonely := [p.name for p in pictures if not p.with_suffix(".txt").exists()]:
+                fail(f"{flag} {source}: no {Path(lonely[0]).stem}.txt with the caption beside {lonely[0]}")
+            return [{"caption": p.with_suffix(".txt").read_text().strip(), "image": p.name} for p in pictures], root
+        if path.suffix in (".txt", ".jsonl", ".json", ".csv", ".tsv"):
+            return read_table(path), root
+        return load_dataset_rows(source, split), root
+    except (OSError, ValueError) as error:
+        fail(f"{flag} {source}: {str(error).splitlines()[0]}")
+
+
+def read_table(path: Path) -> list[dict]:
+    text = path.read_text(encoding="utf-8")
+    if path.suffix == ".txt":
+        rows = [line.split("\t")[0].strip() for line in text.splitlines()]  # T2I-CompBench has more after a tab
+    elif path.suffix == ".jsonl":
+        rows = [json.loads(line) for line in text.splitlines() if line.strip()]
+    elif path.suffix == ".json":
+        rows = json.loads(text)
+    else:
+        rows = csv.DictReader(io.StringIO(text), delimiter="\t" if path.suffix == ".tsv" else ",")
+    return [{"prompt": row} if isinstance(row, str) else row for row in rows]
+
+
+def load_dataset_rows(source: str, split: str):
+    import datasets
+
+    datasets.disable_progress_bars()
+    try:
+        if source.endswith(".parquet"):
+            data = datasets.load_dataset("parquet", data_files={split: source}, split=split)
+        else:
+            data = datasets.load_dataset(source, split=split)
+    except datasets.exceptions.DatasetsError as error:
+        raise ValueError(str(error)) from error
+    for column, feature in data.features.items():
+        if isinstance(feature, datasets.Image):
+            data = data.cast_column(column, datasets.Image(decode=False))
+    return data
+
+
+def find_column(rows, named: str | None, known: tuple[str, ...], flag: str, source: str) -> str:
+    """The column that a flag names, else the first known one."""
+    columns = rows.column_names if hasattr(rows, "column_names") else list(rows[0]) if len(rows) else []
+    for name in (named,) if named else known:
+        if name in columns:
+            return name
+    fail(f"{source}: no column {named or ' or '.join(known)} among {', '.join(columns)}: name it with {flag}")
+
+
+def check_captions(captions: list, source: str) -> None:
+    """Ends the run at a caption that is empty or no text; warns once of those that text encoders cut."""
+    if not captions:
+        fail(f"{source}: no rows")
+    for i, caption in enumerate(captions):
+        if not isinstance(caption, str) or not caption.strip():
+            fail(f"{source}: row {i}: the caption is {caption!r}: write one or remove the row")
+    if long := [i for i, caption in enumerate(captions) if len(caption.split()) > CLIP_WORDS]:
+        words = len(captions[long[0]].split())
+        warn(
+            f"{source}: {len(long)} captions have more than {CLIP_WORDS} words (row {long[0]}: {words}); "
+            "CLIP's text encoders read 77 tokens and ignore the rest"
+        )
+
+
+def load_prompts(source: str, column: str | None = None, split: str = "train") -> list[dict]:
+    """Rows with a `prompt`; whatever else a row holds stays with it."""
+    rows, _ = load_rows(source, "--prompts", split)
+    column = find_column(rows, column, ("prompt", "Prompt", "caption", "text"), "--prompt_column", source)
+    rows = [{**{k: v for k, v in row.items() if not isinstance(v, bytes)}, "prompt": row[column]} for row in rows]
+    check_captions([row["prompt"] for row in rows], f"--prompts {source}")
+    return rows
+
+
+def open_picture(value, root: Path, where: str) -> Image.Image:
+    """RGB, upright, transparency on white, as training sees it."""
+    from train_diffusion_mapo_sdxl import decode_picture
+
+    try:
+        return decode_picture(value, root)
+    except Exception as error:
+        fail(f"{where}: no readable picture ({error}): mend it or remove the row")
+
+
+def load_pairs(source: str, flag: str, split: str = "train"):
+    """The pairs of any data set that the training scripts read: `captions`, `rows`, `pictures(i)` -> chosen, rejected.
+
+    Unlike in training, a picture is read only when it is asked for.
+    """
+    import train_diffusion_mapo_sdxl as training
+
+    training.fail = lambda message: fail(message.replace("--dataset_name", flag))
+    settings = training.parse_args(
+        ["--pretrained_model_name_or_path=none", f"--dataset_name={source}", f"--dataset_split_name={split}"]
+    )
+    pairs = training.PreferencePairs(training.load_dataset(settings), settings)
+    if len(pairs) == 0:
+        fail(f"{flag} {source}: no row has a label that decides")
+    check_captions(list(pairs.captions), f"{flag} {source}")
+    return pairs
+
+
+def open_pair(pairs, i: int, flag: str) -> tuple[Image.Image, Image.Image]:
+    try:
+        return pairs.pictures(i)
+    except ValueError as error:
+        fail(f"{str(error).splitlines()[0].replace('--dataset_name', flag)}: mend it or remove the row")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Chat endpoints
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def add_endpoint_flags(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--api_key_env", default="OPENAI_API_KEY", help="Environment variable with the endpoint's key."
+    )
+    parser.add_argument("--endpoint_timeout", type=float, default=120.0, help="Seconds before a request is repeated.")
+    parser.add_argument("--endpoint_tries", type=int, default=6, help="Tries of a request before the run ends.")
+    parser.add_argument("--endpoint_backoff", type=float, default=1.0, help="Seconds before the second try; doubles.")
+    parser.add_argument("--endpoint_workers", type=int, default=8, help="Requests at a time.")
+
+
+class Endpoint:
+    """Chat completions of an OpenAI-compatible server.
+
+    Busy (429), failing (5xx), silent and garbled answers are asked again after 1, 2, 4, ... seconds or after the
+    server's Retry-After; any other refusal, and the last of the tries, ends the run. The key stands in no message.
+
+    Args:
+        url: base address, such as https://api.openai.com/v1 or http://localhost:8000/v1.
+    """
+
+    def __init__(self, url: str, model: str, args: argparse.Namespace) -> None:
+        self.url, self.model, self.args = url.rstrip("/"), model, args
+        self.key = os.environ.get(args.api_key_env, "")
+        self.workers = args.endpoint_workers
+
+    def ask(self, text: str, picture: Image.Image | None = None, temperature: float = 0.0, max_tokens=512) -> str:
+        """The assistant's answer; empty where it refused."""
+        import requests
+
+        content = text
+        if picture is not None:
+            buffer = io.BytesIO()
+            picture.save(buffer, "PNG")
+            data = base64.b64encode(buffer.getvalue()).decode()
+            content = [
+                {"type": "image_url", "image_url": {"url": f"data:image/png;base64,{data}"}},
+                {"type": "text", "text": text},
+            ]
+        body = {"model": self.model, "temperature": temperature, "max_tokens": max_tokens}
+        body["messages"] = [{"role": "user", "content": content}]
+        headers = {"Authorization": f"Bearer {self.key}"} if self.key else {}
+        for attempt in range(self.args.endpoint_tries):
+            wait = self.args.endpoint_backoff * 2**attempt * random.uniform(0.75, 1.25)
+            try:
+                answer = requests.post(
+                    f"{self.url}/chat/completions", json=body, headers=headers, timeout=self.args.endpoint_timeout
+                )
+                if answer.status_code == 200:
+                    return answer.json()["choices"][0]["message"]["content"] or ""
+                trouble = f"status {answer.status_code}"
+                if answer.status_code not in (408, 409, 429) and answer.status_code < 500:
+                    fail(self.hide_key(f"--endpoint {self.url}: {trouble}: {' '.join(answer.text.split())[:200]}"))
+                with contextlib.suppress(ValueError):  # Retry-After may be a date
+                    wait = max(wait, float(answer.headers.get("Retry-After", 0)))
+            except requests.Timeout:
+                trouble = f"no answer in {self.args.endpoint_timeout:g} s"
+            except requests.ConnectionError:
+                trouble = "no connection"
+            except (ValueError, LookupError, TypeError):
+                trouble = "an answer that is no chat completion"
+            if attempt + 1 < self.args.endpoint_tries:
+                time.sleep(wait)
+        fail(
+            f"--endpoint {self.url}: {trouble}, {self.args.endpoint_tries} times: see that the server runs; "
+            "the same command goes on from here"
+        )
+
+    def hide_key(self, text: str) -> str:
+        text = text.replace(self.key, "***") if self.key else text
+        return re.sub(r"\bsk-\S+", "***", text)  # servers quote parts of a key that they refuse
+
+
+def do_all(work, items: list, workers: int):
+    """Yields `work(item)` as each gets done, so that each can be written at once; one error ends all."""
+    if workers <= 1:
+        yield from map(work, items)
+        return
+    pool = ThreadPoolExecutor(workers)
+    try:
+        for future in as_completed([pool.submit(work, item) for item in items]):
+            yield future.result()
+    finally:
+        pool.shutdown(wait=False, cancel_futures=True)

@@ -1,0 +1,554 @@
+# Copyright 2026 The MaPO reference implementation authors. All rights reserved.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""
+The metrics that `score.py` knows, each with the model class and the file format that it was published in.
+
+Every metric takes pictures (PIL, RGB) and prompts and gives one number for each picture; more is better.
+
+| name | number | preprocessing |
+|---|---|---|
+| pickscore | exp(logit_scale) * cos(text, picture), CLIP H/14 | shorter side to 224, centre crop |
+| hps | 100 * cos, HPS v2.1's CLIP H/14 | longer side to 224, black bars |
+| aesthetic | five linear layers on the L2-normalised embedding of CLIP L/14 | shorter side to 224, centre crop |
+| imagereward | (BLIP L and five linear layers - 0.16717) / 1.03334 | shorter side to 224, centre crop; 35 tokens |
+| clip | 100 * max(cos, 0), CLIP L/14 | shorter side to 224, centre crop |
+| siglip | 100 * sigmoid(exp(logit_scale) * cos + logit_bias) | squeezed to 384 x 384; 64 tokens, padded |
+| dinov2 | mean cosine of CLS to the reference pictures' | shorter side to 256, centre crop of 224 |
+| judge | 1 to 10, a vision-language model's rating by a criterion | the picture as it is |
+| style | logit of the demo's style judge, positive for Noto's | squeezed to 64 x 64 |
+
+HPS and ImageReward need neither open_clip nor ImageReward's package, which are unmaintained or need torchvision: their
+checkpoints are loaded into transformers' CLIPModel, BlipVisionModel and BlipTextModel under other names.
+"""
+
+import argparse
+import math
+import re
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image
+
+from evaluation.common import REPO, Endpoint, fail
+
+
+CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
+# A folder or an id on the hub; for single files a path, or ID:FILE on the hub.
+WEIGHTS = {
+    "pickscore": "yuvalkirstain/PickScore_v1",
+    "pickscore.processor": "laion/CLIP-ViT-H-14-laion2B-s32B-b79K",
+    "hps": "xswu/HPSv2:HPS_v2.1_compressed.pt",
+    "hps.processor": "laion/CLIP-ViT-H-14-laion2B-s32B-b79K",
+    "aesthetic": "trl-lib/ddpo-aesthetic-predictor:aesthetic-model.pth",
+    "aesthetic.clip": "openai/clip-vit-large-patch14",
+    "imagereward": "THUDM/ImageReward:ImageReward.pt",
+    "imagereward.tokenizer": "google-bert/bert-base-uncased",
+    "clip": "openai/clip-vit-large-patch14",
+    "siglip": "google/siglip-so400m-patch14-384",
+    "dinov2": "facebook/dinov2-base",
+    "judge": "Qwen/Qwen2-VL-7B-Instruct",
+    "style": str(REPO / "demo" / "style_judge.safetensors"),
+}
+
+
+def load_state(place: str) -> dict[str, torch.Tensor]:
+    """Tensors of a .safetensors or .pt/.pth file, by path or as ID:FILE on the hub; never unpickles code."""
+    if not Path(place).exists():
+        from huggingface_hub import hf_hub_download
+
+        repository, _, file = place.partition(":")
+        if not file:
+            raise OSError(f"{place} isn't there, and is no ID:FILE on the hub")
+        place = hf_hub_download(repository, file)
+    if str(place).endswith(".safetensors"):
+        from safetensors.torch import load_file
+
+        return load_file(place)
+    state = torch.load(place, map_location="cpu", weights_only=True)
+    return state.get("state_dict", state)
+
+
+def load_picture_processor(place: str):
+    """The PIL implementation: torchvision's, which transformers prefers where it is installed, shifts scores."""
+    from transformers import AutoImageProcessor
+
+    return AutoImageProcessor.from_pretrained(place, backend="pil")
+
+
+def cosine(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+    """Row by row. Shape: (N, D), (N, D) -> (N,)"""
+    return (F.normalize(a, dim=-1) * F.normalize(b, dim=-1)).sum(-1)
+
+
+class LinearHead:
+    """The linear layers of Aesthetic v2 and of ImageReward, in order, with nothing between them (dropout is off)."""
+
+    def __init__(self, state: dict[str, torch.Tensor], prefix: str, device: str) -> None:
+        numbers = sorted(int(m[1]) for key in state if (m := re.fullmatch(rf"{prefix}layers\.(\d+)\.weight", key)))
+        if not numbers:
+            raise ValueError(f"no {prefix}layers.N.weight in the file")
+        parts = [[state[f"{prefix}layers.{n}.{kind}"] for kind in ("weight", "bias")] for n in numbers]
+        self.layers = [[tensor.float().to(device) for tensor in part] for part in parts]
+
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        """(N, D) -> (N,)"""
+        for weight, bias in self.layers:
+            x = F.linear(x, weight, bias)
+        return x[:, 0]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# CLIP and its kin
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+class Clip:
+    """CLIP score: 100 * max(cos, 0)."""
+
+    model_key, processor_key = "clip", "clip"
+
+    def __init__(self, args: argparse.Namespace) -> None:
+        from transformers import AutoTokenizer
+
+        self.device = args.device
+        self.model = self.load_model(args.weights[self.model_key]).eval().to(self.device)
+        self.processor = load_picture_processor(args.weights[self.processor_key])
+        self.tokenizer = AutoTokenizer.from_pretrained(args.weights[self.processor_key])
+
+    def load_model(self, place: str):
+        from transformers import CLIPModel
+
+        return CLIPModel.from_pretrained(place, dtype=torch.float32)
+
+    def prepare(self, pictures: list[Image.Image]) -> torch.Tensor:
+        """(N, 3, H, W), normalised"""
+        return self.processor(images=pictures, return_tensors="pt")["pixel_values"]
+
+    def embed_pictures(self, pictures: list[Image.Image]) -> torch.Tensor:
+        return self.model.get_image_features(pixel_values=self.prepare(pictures).to(self.device)).pooler_output
+
+    def embed_prompts(self, prompts: list[str]) -> torch.Tensor:
+        length = self.model.config.text_config.max_position_embeddings
+        tokens = self.tokenizer(prompts, padding=True, truncation=True, max_length=length, return_tensors="pt")
+        return self.model.get_text_features(**tokens.to(self.device)).pooler_output
+
+    def score(self, pictures: list[Image.Image], prompts: list[str]) -> torch.Tensor:
+        return self.number(cosine(self.embed_pictures(pictures), self.embed_prompts(prompts)))
+
+    def number(self, cos: torch.Tensor) -> torch.Tensor:
+        return 100 * cos.clamp(min=0)
+
+
+class PickScore(Clip):
+    model_key, processor_key = "pickscore", "pickscore.processor"
+
+    def number(self, cos: torch.Tensor) -> torch.Tensor:
+        return self.model.logit_scale.exp() * cos
+
+
+class Hps(Clip):
+    """HPS v2.1, whose checkpoint has open_clip's names."""
+
+    model_key, processor_key = "hps", "hps.processor"
+
+    def load_model(self, place: str):
+        from transformers import CLIPModel
+
+        config, state = read_open_clip(load_state(place))
+        model = CLIPModel(config)
+        model.load_state_dict(state)
+        return model.float()
+
+    def prepare(self, pictures: list[Image.Image]) -> torch.Tensor:
+        side = self.model.config.vision_config.image_size
+        pixels = np.stack([np.asarray(pad_to_square(picture, side)) for picture in pictures]) / 255
+        return torch.from_numpy((pixels - CLIP_MEAN) / CLIP_STD).permute(0, 3, 1, 2).float()
+
+    def number(self, cos: torch.Tensor) -> torch.Tensor:
+        return 100 * cos
+
+
+def pad_to_square(picture: Image.Image, side: int) -> Image.Image:
+    """The longer side to `side`, bicubic, black bars beside the shorter one; an odd pixel goes to the end."""
+    scale = side / max(picture.size)
+    width, height = (round(length * scale) for length in picture.size)
+    canvas = Image.new("RGB", (side, side))
+    canvas.paste(
+        picture.resize((width, height), Image.Resampling.BICUBIC), ((side - width) // 2, (side - height) // 2)
+    )
+    return canvas
+
+
+def read_open_clip(state: dict[str, torch.Tensor]):
+    """open_clip's ViT-H/14 -> configuration and state of transformers' CLIPModel.
+
+    All sizes are read from the tensors; only the number of heads isn't in them and is ViT-H/14's 16.
+    """
+    from transformers import CLIPConfig
+
+    names = {
+        "positional_embedding": "text_model.embeddings.position_embedding.weight",
+        "token_embedding.weight": "text_model.embeddings.token_embedding.weight",
+        "ln_final": "text_model.final_layer_norm",
+        "visual.class_embedding": "vision_model.embeddings.class_embedding",
+        "visual.positional_embedding": "vision_model.embeddings.position_embedding.weight",
+        "visual.conv1.weight": "vision_model.embeddings.patch_embedding.weight",
+        "visual.ln_pre": "vision_model.pre_layrnorm",
+        "visual.ln_post": "vision_model.post_layernorm",
+        "ln_1": "layer_norm1",
+        "ln_2": "layer_norm2",
+        "mlp.c_fc": "mlp.fc1",
+        "mlp.c_proj": "mlp.fc2",
+        "attn.out_proj": "self_attn.out_proj",
+    }
+    renamed, layers = {"logit_scale": state["logit_scale"]}, {"text": 0, "vision": 0}
+    for key, value in state.items():
+        if match := re.fullmatch(r"(visual\.)?transformer\.resblocks\.(\d+)\.(.+?)((?:\.|_)(?:weight|bias))", key):
+            tower = "vision" if match[1] else "text"
+            layers[tower] = max(layers[tower], int(match[2]) + 1)
+            prefix = f"{tower}_model.encoder.layers.{match[2]}."
+            if match[3] == "attn.in_proj":
+                for part, piece in zip("qkv", value.chunk(3)):
+                    renamed[f"{prefix}self_attn.{part}_proj.{match[4][1:]}"] = piece
+            else:
+                renamed[f"{prefix}{names[match[3]]}{match[4]}"] = value
+        elif key in ("text_projection", "visual.proj"):
+            renamed[f"{'text' if key[0] == 't' else 'visual'}_projection.weight"] = value.T
+        elif key in names:
+            renamed[names[key]] = value
+        elif (stem := key.rpartition(".")[0]) in names:
+            renamed[f"{names[stem]}.{key.rpartition('.')[2]}"] = value
+    patches, width = state["visual.positional_embedding"].shape
+    patch = state["visual.conv1.weight"].shape[-1]
+    text = {
+        "vocab_size": len(state["token_embedding.weight"]),
+        "hidden_size": state["text_projection"].shape[0],
+        "intermediate_size": len(state["transformer.resblocks.0.mlp.c_fc.weight"]),
+        "num_hidden_layers": layers["text"],
+        "max_position_embeddings": len(state["positional_embedding"]),
+        "eos_token_id": 2,  # transformers' mark for open_clip's rule: pool at the largest id
+    }
+    vision = {
+        "hidden_size": width,
+        "intermediate_size": len(state["visual.transformer.resblocks.0.mlp.c_fc.weight"]),
+        "num_hidden_layers": layers["vision"],
+        "patch_size": patch,
+        "image_size": math.isqrt(patches - 1) * patch,
+    }
+    common = {"num_attention_heads": 16, "hidden_act": "gelu"}
+    projection = state["text_projection"].shape[1]
+    config = CLIPConfig(text_config=text | common, vision_config=vision | common, projection_dim=projection)
+    return config, renamed
+
+
+class Aesthetic(Clip):
+    model_key, processor_key = "aesthetic.clip", "aesthetic.clip"
+
+    def __init__(self, args: argparse.Namespace) -> None:
+        super().__init__(args)
+        self.head = LinearHead(load_state(args.weights["aesthetic"]), "", self.device)
+
+    def score(self, pictures: list[Image.Image], prompts: list[str]) -> torch.Tensor:
+        return self.head(F.normalize(self.embed_pictures(pictures), dim=-1))
+
+
+class Siglip(Clip):
+    model_key, processor_key = "siglip", "siglip"
+
+    def load_model(self, place: str):
+        from transformers import SiglipModel
+
+        return SiglipModel.from_pretrained(place, dtype=torch.float32)
+
+    def embed_prompts(self, prompts: list[str]) -> torch.Tensor:
+        length = self.model.config.text_config.max_position_embeddings
+        tokens = self.tokenizer(  # trained without a mask on padded text
+            prompts, padding="max_length", truncation=True, max_length=length, return_tensors="pt"
+        )
+        return self.model.get_text_features(input_ids=tokens["input_ids"].to(self.device)).pooler_output
+
+    def number(self, cos: torch.Tensor) -> torch.Tensor:
+        return 100 * torch.sigmoid(self.model.logit_scale.exp() * cos + self.model.logit_bias)
+
+
+class ImageReward:
+    """BLIP reads the prompt while it looks at the picture; a linear head on [CLS] gives the reward."""
+
+    mean, std, tokens = 0.16717362830052426, 1.0333394966054072, 35
+
+    def __init__(self, args: argparse.Namespace) -> None:
+        from transformers import AutoTokenizer, BlipTextModel, BlipVisionModel, CLIPImageProcessorPil
+
+        self.device = args.device
+        state = load_state(args.weights["imagereward"])
+        vision_config, text_config, vision, text = read_image_reward(state)
+        self.vision, self.text = BlipVisionModel(vision_config), BlipTextModel(text_config, add_pooling_layer=False)
+        self.vision.load_state_dict(vision)
+        self.text.load_state_dict(text)
+        for model in (self.vision, self.text):
+            model.float().eval().to(self.device)
+        self.head = LinearHead(state, "mlp.", self.device)
+        self.tokenizer = AutoTokenizer.from_pretrained(args.weights["imagereward.tokenizer"])
+        side = vision_config.image_size
+        self.processor = CLIPImageProcessorPil(size={"shortest_edge": side}, crop_size={"height": side, "width": side})
+
+    def prepare(self, pictures: list[Image.Image]) -> torch.Tensor:
+        return self.processor(images=pictures, return_tensors="pt")["pixel_values"]
+
+    def score(self, pictures: list[Image.Image], prompts: list[str]) -> torch.Tensor:
+        seen = self.vision(pixel_values=self.prepare(pictures).to(self.device)).last_hidden_state
+        tokens = self.tokenizer(
+            prompts, padding="max_length", truncation=True, max_length=self.tokens, return_tensors="pt"
+        ).to(self.device)
+        read = self.text(
+            input_ids=tokens["input_ids"],
+            attention_mask=tokens["attention_mask"],
+            encoder_hidden_states=seen,
+            encoder_attention_mask=torch.ones(seen.shape[:2], dtype=torch.long, device=self.device),
+        ).last_hidden_state
+        return (self.head(read[:, 0]) - self.mean) / self.std
+
+
+def read_image_reward(state: dict[str, torch.Tensor]):
+    """ImageReward.pt -> configurations and states of BlipVisionModel and BlipTextModel; heads are BLIP L's 16 and
+    BERT's 12, all other sizes are read from the tensors."""
+    from transformers import BlipTextConfig, BlipVisionConfig
+
+    names = (
+        ("cls_token", "embeddings.class_embedding"),
+        ("pos_embed", "embeddings.position_embedding"),
+        ("patch_embed.proj.", "embeddings.patch_embedding."),
+        (".attn.qkv.", ".self_attn.qkv."),
+        (".attn.proj.", ".self_attn.projection."),
+        (".norm1.", ".layer_norm1."),
+        (".norm2.", ".layer_norm2."),
+        ("blocks.", "encoder.layers."),
+    )
+    vision, text = {}, {}
+    for key, value in state.items():
+        if key.startswith("blip.visual_encoder."):
+            key = re.sub(r"^norm\.", "post_layernorm.", key.removeprefix("blip.visual_encoder."))
+            for old, new in names:
+                key = key.replace(old, new)
+            vision[key] = value
+        elif key.startswith("blip.text_encoder.") and not key.endswith("position_ids"):
+            text[key.removeprefix("blip.text_encoder.")] = value
+    patch, width = (
+        vision["embeddings.patch_embedding.weight"].shape[-1],
+        vision["embeddings.class_embedding"].shape[-1],
+    )
+    vision_config = BlipVisionConfig(
+        hidden_size=width,
+        intermediate_size=len(vision["encoder.layers.0.mlp.fc1.weight"]),
+        num_hidden_layers=len([key for key in vision if key.endswith("mlp.fc1.weight")]),
+        num_attention_heads=16,
+        patch_size=patch,
+        image_size=math.isqrt(vision["embeddings.position_embedding"].shape[1] - 1) * patch,
+        layer_norm_eps=1e-6,
+        hidden_act="gelu",
+    )
+    vocabulary, hidden = text["embeddings.word_embeddings.weight"].shape
+    text_config = BlipTextConfig(
+        vocab_size=vocabulary,
+        hidden_size=hidden,
+        encoder_hidden_size=width,
+        intermediate_size=len(text["encoder.layer.0.intermediate.dense.weight"]),
+        num_hidden_layers=len([key for key in text if key.endswith("intermediate.dense.weight")]),
+        num_attention_heads=12,
+        max_position_embeddings=len(text["embeddings.position_embeddings.weight"]),
+        layer_norm_eps=1e-12,
+        hidden_act="gelu",
+        is_decoder=True,  # transformers' word for "has cross-attention"; its forward stays bidirectional
+    )
+    return vision_config, text_config, vision, text
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Pictures alone
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+class Dinov2:
+    """Mean cosine of a picture's CLS to those of the reference pictures."""
+
+    def __init__(self, args: argparse.Namespace) -> None:
+        from transformers import Dinov2Model
+
+        self.device = args.device
+        self.model = Dinov2Model.from_pretrained(args.weights["dinov2"], dtype=torch.float32).eval().to(self.device)
+        self.processor = load_picture_processor(args.weights["dinov2"])
+        self.references = None
+        if getattr(args, "references", None):
+            self.references = torch.cat([self.embed_pictures([picture]) for picture in args.references])
+
+    def prepare(self, pictures: list[Image.Image]) -> torch.Tensor:
+        return self.processor(images=pictures, return_tensors="pt")["pixel_values"]
+
+    @torch.no_grad()
+    def embed_pictures(self, pictures: list[Image.Image]) -> torch.Tensor:
+        """(N, D), of length 1"""
+        hidden = self.model(pixel_values=self.prepare(pictures).to(self.device)).last_hidden_state
+        return F.normalize(hidden[:, 0], dim=-1)
+
+    def score(self, pictures: list[Image.Image], prompts: list[str]) -> torch.Tensor:
+        return (self.embed_pictures(pictures) @ self.references.T).mean(1)
+
+
+class Style:
+    """The demo's judge: logit of "Noto drew this"."""
+
+    def __init__(self, args: argparse.Namespace) -> None:
+        from demo.style_judge import StyleJudge
+
+        self.model = StyleJudge.from_pretrained(args.weights["style"])
+
+    def score(self, pictures: list[Image.Image], prompts: list[str]) -> torch.Tensor:
+        from demo.style_judge import to_batch
+
+        return self.model(to_batch(pictures))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# A vision-language model as judge
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+JUDGE_TEXT = """You rate a picture that a computer drew.
+
+It was asked for: {prompt}
+
+Judge by this criterion only: {criterion}
+
+Rate from 1 to 10, where 1-2 is extremely poor, 3-4 poor, 5-6 average, 7-8 good and 9-10 outstanding. Answer in exactly
+this form, with nothing before or after it:
+
+ANALYSIS: one or two sentences on how the picture meets the criterion
+RATING: a number from 1 to 10"""
+
+
+def parse_rating(answer: str) -> float | None:
+    """The number after RATING, from 1 to 10; None where there is none, or more than one."""
+    ratings = re.findall(r"RATING[^\w-]*(\d+(?:\.\d+)?)(?!\s*-\s*\d)", answer, re.IGNORECASE)
+    if len(ratings) != 1 or not 1 <= float(ratings[0]) <= 10:
+        return None
+    return float(ratings[0])
+
+
+class LocalJudge:
+    """A vision-language model of transformers. `ask` has Endpoint's signature."""
+
+    workers = 1
+
+    def __init__(self, place: str, device: str) -> None:
+        from transformers import AutoModelForImageTextToText, AutoProcessor
+
+        dtype = torch.float32 if device == "cpu" else torch.bfloat16
+        self.model = AutoModelForImageTextToText.from_pretrained(place, dtype=dtype).eval().to(device)
+        try:
+            self.processor = AutoProcessor.from_pretrained(place, backend="pil")
+        except (AttributeError, ImportError) as error:  # those that read videos as well, Qwen's among them
+            raise ImportError("its processor needs torchvision: install it, or use --judge_endpoint") from error
+
+    @torch.no_grad()
+    def ask(self, text: str, picture: Image.Image | None = None, temperature: float = 0.0, max_tokens=512) -> str:
+        content = [{"type": "image", "image": picture}, {"type": "text", "text": text}]
+        inputs = self.processor.apply_chat_template(
+            [{"role": "user", "content": content}],
+            add_generation_prompt=True,
+            tokenize=True,
+            return_dict=True,
+            return_tensors="pt",
+        ).to(self.model.device)
+        sampling = {"do_sample": True, "temperature": temperature} if temperature else {"do_sample": False}
+        output = self.model.generate(**inputs, max_new_tokens=max_tokens, **sampling)
+        return self.processor.batch_decode(output[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)[0]
+
+
+class Judge:
+    """Ratings from 1 to 10; NaN where the model gave no rating in `--judge_tries` answers."""
+
+    def __init__(self, args: argparse.Namespace) -> None:
+        self.criterion, self.tries = args.judge_criterion, args.judge_tries
+        model = args.weights["judge"]
+        self.model = (
+            Endpoint(args.judge_endpoint, model, args) if args.judge_endpoint else LocalJudge(model, args.device)
+        )
+
+    def rate(self, picture: Image.Image, prompt: str) -> float:
+        text = JUDGE_TEXT.format(prompt=prompt, criterion=self.criterion)
+        for attempt in range(self.tries):
+            rating = parse_rating(self.model.ask(text, picture, temperature=0.7 if attempt else 0.0))
+            if rating is not None:
+                return rating
+        return math.nan
+
+    def score(self, pictures: list[Image.Image], prompts: list[str]) -> torch.Tensor:
+        if self.model.workers > 1:
+            from concurrent.futures import ThreadPoolExecutor
+
+            with ThreadPoolExecutor(self.model.workers) as pool:
+                ratings = list(pool.map(self.rate, pictures, prompts))
+        else:
+            ratings = [self.rate(*pair) for pair in zip(pictures, prompts)]
+        return torch.tensor(ratings)
+
+
+METRICS = {
+    "pickscore": PickScore,
+    "hps": Hps,
+    "aesthetic": Aesthetic,
+    "imagereward": ImageReward,
+    "clip": Clip,
+    "siglip": Siglip,
+    "dinov2": Dinov2,
+    "judge": Judge,
+    "style": Style,
+}
+
+
+def load_metric(name: str, args: argparse.Namespace):
+    """The metric, loaded; ends the run in one line where its weights can't be.
+
+    Args:
+        args: with `weights` (see WEIGHTS), `device`; for dinov2 `references`; for judge the flags of
+            `add_judge_flags`.
+    """
+    try:
+        return METRICS[name](args)
+    except (OSError, ValueError, KeyError, RuntimeError, ImportError) as error:
+        places = ", ".join(f"{k}={v}" for k, v in args.weights.items() if k.partition(".")[0] == name)
+        fail(f"--weights {places}: {str(error).strip().splitlines()[0]}")
+
+
+def add_judge_flags(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--judge_endpoint", help="Base address of an OpenAI-compatible server, such as .../v1.")
+    parser.add_argument(
+        "--judge_criterion",
+        default="the picture shows what was asked for, without faults",
+        help="What the judge goes by, such as 'the picture is a cartoon'.",
+    )
+    parser.add_argument("--judge_tries", type=int, default=3, help="Answers to ask for until one has a rating.")
+
+
+def read_weights_flag(parts: list[str]) -> dict[str, str]:
+    """`METRIC=PLACE` of the flag over the defaults."""
+    weights = dict(WEIGHTS)
+    for part in parts:
+        name, _, place = part.partition("=")
+        if name not in WEIGHTS or not place:
+            fail(f"--weights {part}: must be NAME=PLACE with a name of {', '.join(WEIGHTS)}")
+        weights[name] = place
+    return weights

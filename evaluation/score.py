@@ -1,0 +1,247 @@
+# Copyright 2026 The MaPO reference implementation authors. All rights reserved.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""
+Scores pictures, or the pictures of preference pairs, by one metric after the other:
+
+    python evaluation/score.py eval --metrics pickscore hps aesthetic clip
+    python evaluation/score.py --pairs demo/pairs --split test --metrics style --output pair-scores.jsonl
+    python evaluation/score.py eval --metrics judge --judge_endpoint http://localhost:8000/v1 --weights judge=MODEL
+
+Pictures are a folder of `generate.py` or a table (.jsonl, .csv, .parquet, a data set) with a prompt and a picture in a
+row. Pairs are any data set that the training scripts read; for these the share of pairs that the metric orders as the
+label does is printed, ties half, and written beside the scores as NAME.agreement.json.
+
+`--output` is JSON lines, a row for each picture and metric. One metric is in memory at a time; the same command after
+a kill scores what is missing, and more metrics can be added later. Weights are ids on the hub or local paths:
+
+"""
+
+import argparse
+import sys
+from pathlib import Path
+
+import numpy as np
+import torch
+from tqdm.auto import tqdm
+
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from evaluation.common import (
+    CAPTION_COLUMNS,
+    PICTURE_COLUMNS,
+    PICTURE_SUFFIXES,
+    JsonLines,
+    add_endpoint_flags,
+    check_captions,
+    fail,
+    find_column,
+    load_pairs,
+    load_rows,
+    open_pair,
+    open_picture,
+    quiet_libraries,
+    run_script,
+    warn,
+    write_json,
+)
+from evaluation.generate import free_memory
+from evaluation.metrics import METRICS, WEIGHTS, add_judge_flags, load_metric, read_weights_flag
+
+
+def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
+    places = "\n".join(f"    --weights {name}={place}" for name, place in WEIGHTS.items())
+    parser = argparse.ArgumentParser(
+        description=__doc__ + places, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("pictures", nargs="?", help="Folder of generate.py, or a table of pictures.")
+    parser.add_argument("--pairs", help="Preference pairs instead: a data set on the hub, a local folder or file.")
+    parser.add_argument("--split", default="train", help="Split of a data set.")
+    parser.add_argument("--prompt_column", help="Where it isn't prompt, caption or text.")
+    parser.add_argument("--picture_column", help="Where it isn't image, picture or path.")
+    parser.add_argument("--max_rows", type=int, help="Use the first N rows only.")
+    parser.add_argument(
+        "--metrics", nargs="+", required=True, choices=METRICS, metavar="NAME", help=", ".join(METRICS)
+    )
+    parser.add_argument("--weights", nargs="+", default=[], metavar="NAME=PLACE", help="Other weights; see above.")
+    parser.add_argument("--reference_images", type=Path, help="Folder of pictures that dinov2 compares with.")
+    add_judge_flags(parser)
+    add_endpoint_flags(parser)
+    parser.add_argument("--batch_size", type=int, default=16, help="Pictures at a time.")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--output", type=Path, help="Default: scores.jsonl in the folder of the pictures.")
+    args = parser.parse_args(argv)
+    check_args(args)
+    return args
+
+
+def check_args(args: argparse.Namespace) -> None:
+    if (args.pictures is None) == (args.pairs is None):
+        fail("name either a folder of pictures or --pairs")
+    if args.output is None:
+        if args.pictures is None or not Path(args.pictures).is_dir():
+            fail("--output: name a file, such as scores.jsonl")
+        args.output = Path(args.pictures) / "scores.jsonl"
+    if args.batch_size < 1:
+        fail(f"--batch_size {args.batch_size}: must be at least 1")
+    args.weights = read_weights_flag(args.weights)
+    args.references = []
+    if "dinov2" in args.metrics:
+        if args.reference_images is None:
+            fail("--metrics dinov2 needs --reference_images FOLDER to compare with")
+        if args.reference_images.is_dir():
+            args.references = sorted(p for p in args.reference_images.iterdir() if p.suffix in PICTURE_SUFFIXES)
+        if not args.references:
+            fail(f"--reference_images {args.reference_images}: no pictures there")
+        where = f"--reference_images {args.reference_images}: "
+        args.references = [open_picture(p.name, p.parent, where + p.name) for p in args.references]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What is scored
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def list_pictures(args: argparse.Namespace) -> list[dict]:
+    """Rows with model, prompt_id, seed, prompt, and `open`, which gives the picture."""
+    rows, root = load_rows(args.pictures, "pictures", args.split)
+    if len(rows) == 0:
+        fail(f"{args.pictures}: no rows")
+    prompt = find_column(rows, args.prompt_column, CAPTION_COLUMNS, "--prompt_column", args.pictures)
+    picture = find_column(rows, args.picture_column, PICTURE_COLUMNS, "--picture_column", args.pictures)
+    items, ids = [], {}
+    for i, row in enumerate(rows):
+        if i == args.max_rows:
+            break
+        item = {key: row[key] for key in ("model", "seed") if key in row}
+        # A table without ids: pictures of one text belong together.
+        item["prompt_id"] = row.get("prompt_id", ids.setdefault(row[prompt], len(ids)))
+        item |= {"model": item.get("model", "pictures"), "seed": item.get("seed", i), "prompt": row[prompt]}
+        if isinstance(row[picture], str):
+            item["path"] = row[picture]
+        items.append({**item, "open": lambda i=i: open_picture(rows[i][picture], root, f"{args.pictures}: row {i}")})
+    check_captions([item["prompt"] for item in items], args.pictures)
+    return items
+
+
+def list_pairs(args: argparse.Namespace) -> list[dict]:
+    """The chosen and the rejected picture of every pair whose label decides, as rows of the models of these names."""
+    pairs = load_pairs(args.pairs, "--pairs", args.split)
+    return [
+        {
+            "model": name,
+            "prompt_id": int(pairs.rows[i]),
+            "seed": 0,
+            "prompt": caption,
+            "open": lambda i=i, side=side: open_pair(pairs, i, "--pairs")[side],
+        }
+        for i, caption in enumerate(pairs.captions[: args.max_rows])
+        for side, name in enumerate(("chosen", "rejected"))
+    ]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Scoring
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def key_of(row: dict) -> tuple:
+    return row["model"], row["prompt_id"], row["seed"]
+
+
+def describe(name: str, args: argparse.Namespace) -> str:
+    """What the numbers depend on besides the picture and its prompt."""
+    parts = [place for key, place in args.weights.items() if key.partition(".")[0] == name]
+    if name == "judge":
+        parts += [args.judge_endpoint or "local", args.judge_criterion]
+    if name == "dinov2":
+        parts.append(str(args.reference_images))
+    return " | ".join(parts)
+
+
+@torch.no_grad()
+def score_all(name: str, items: list[dict], log: JsonLines, args: argparse.Namespace) -> None:
+    how = describe(name, args)
+    before = [row for row in log.rows if row["metric"] == name]
+    for row in before:
+        if row["how"] != how:
+            fail(f"--output {log.path} holds {name} by {row['how']}, now {how}: name another file")
+    done = {key_of(row) for row in before}
+    missing = [item for item in items if key_of(item) not in done]
+    if missing:
+        metric = load_metric(name, args)
+        bar = tqdm(total=len(items), initial=len(items) - len(missing), desc=f"Scoring {name}", unit="picture")
+        size = metric.model.workers if name == "judge" else args.batch_size  # a kill costs the ratings under way only
+        for start in range(0, len(missing), size):
+            chunk = missing[start : start + size]
+            scores = metric.score([item["open"]() for item in chunk], [item["prompt"] for item in chunk])
+            rows = []
+            for item, score in zip(chunk, scores.double().tolist()):
+                named = {key: value for key, value in item.items() if key != "open"}
+                rows.append({"metric": name, **named, "score": score if np.isfinite(score) else None, "how": how})
+            log.add(*rows)
+            bar.update(len(chunk))
+        bar.close()
+        del metric
+        free_memory()
+    rows = [row for row in log.rows if row["metric"] == name]
+    if unscored := sum(row["score"] is None for row in rows):
+        message = f"{name}: {unscored} of {len(rows)} pictures got no score"
+        if unscored == len(rows):
+            fail(f"{message}: no answer of {how} had the form RATING: 7; delete these rows of {log.path} to ask again")
+        warn(f"{message}; they are left out of comparisons")
+
+
+def report_agreement(items: list[dict], log: JsonLines, args: argparse.Namespace) -> None:
+    """How often each metric orders chosen and rejected as the label does; a tie counts half."""
+    from evaluation.compare import bootstrap_interval
+
+    captions = {item["prompt_id"]: item["prompt"] for item in items}
+    report = {}
+    for name in args.metrics:
+        scores = {key_of(row): row["score"] for row in log.rows if row["metric"] == name}
+        wins, clusters = [], []
+        for i in captions:
+            chosen, rejected = scores[("chosen", i, 0)], scores[("rejected", i, 0)]
+            if chosen is not None and rejected is not None:
+                wins.append((chosen > rejected) + 0.5 * (chosen == rejected))
+                clusters.append(captions[i])
+        low, high = bootstrap_interval(np.array(wins, dtype=float), clusters)
+        report[name] = {"pairs": len(wins), "agreement": float(np.mean(wins)), "low": low, "high": high}
+        print(
+            f"{name}: agrees with {report[name]['agreement']:.1%} of {len(wins)} labels (95 %: {low:.1%}-{high:.1%})"
+        )
+    write_json(args.output.with_suffix(".agreement.json"), report)
+
+
+def main(args: argparse.Namespace) -> None:
+    items = list_pairs(args) if args.pairs else list_pictures(args)
+    quiet_libraries()
+    log = JsonLines(args.output)
+    for name in dict.fromkeys(args.metrics):
+        score_all(name, items, log, args)
+    if args.pairs:
+        report_agreement(items, log, args)
+    else:
+        for name in dict.fromkeys(args.metrics):
+            for model in dict.fromkeys(item["model"] for item in items):
+                rows = [row for row in log.rows if row["metric"] == name and row["model"] == model]
+                scores = [row["score"] for row in rows if row["score"] is not None]
+                mean = f"{np.mean(scores):.4f}" if scores else "none"
+                print(f"{name} {model}: mean {mean} of {len(scores)} pictures")
+    print(f"Scores in {args.output}")
+
+
+if __name__ == "__main__":
+    run_script(main, parse_args())

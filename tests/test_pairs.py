@@ -1,0 +1,522 @@
+"""pairs/build_preference_pairs.py on the demo's model, with a chat server on loopback that speaks the protocol."""
+
+import base64
+import hashlib
+import io
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import threading
+import time
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+import torch
+from conftest import REPO
+from PIL import Image
+
+from evaluation import compare, generate, score
+from pairs import build_preference_pairs as pairs
+
+
+MODEL = str(REPO / "demo" / "sdxl-tiny-twemoji")
+DRAW = ("--resolution=64", "--num_inference_steps=2", "--guidance_scale=3", "--device=cpu")
+KEY = "sk-a-secret-of-the-user"
+CONTEXT = "A small {} stands on a wooden table beside an open window while the morning sun falls on the floor."
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+def build(*flags) -> None:
+    pairs.main(pairs.parse_args([str(flag) for flag in flags]))
+
+
+def start(script: str, *flags, **options) -> subprocess.Popen:
+    command = [sys.executable, str(REPO / script), *map(str, flags)]
+    options["env"] = os.environ | {"OMP_NUM_THREADS": "1"}  # threads that wait for a busy core spin for minutes
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **options)
+
+
+def finish(process: subprocess.Popen) -> str:
+    said, errors = process.communicate(timeout=240)
+    assert process.returncode == 0, said + errors
+    return said
+
+
+def rows_of(path: Path) -> list[dict]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def read_pairs(folder: Path) -> list[dict]:
+    """As the training script finds them: with the folder's name alone."""
+    import datasets
+
+    return datasets.load_dataset(str(folder), split="train").to_list()
+
+
+def train_two_steps(data: Path, out: Path) -> str:
+    return finish(
+        start(
+            "train_diffusion_mapo_sdxl.py",
+            f"--pretrained_model_name_or_path={MODEL}",
+            f"--dataset_name={data}",
+            "--max_train_steps=2",
+            "--train_batch_size=2",
+            "--resolution=64",
+            "--learning_rate=1e-3",
+            "--validation_inference_steps=2",
+            "--validation_prompts",
+            "rocket",
+            f"--output_dir={out}",
+            f"--cache_dir={out}-cache",
+            preexec_fn=lambda: os.sched_setaffinity(0, {max(os.sched_getaffinity(0))}),  # training takes all cores
+        )
+    )
+
+
+@pytest.fixture
+def pictures(tmp_path) -> Path:
+    """Six of Noto's drawings with their captions, as NAME.png and NAME.txt."""
+    folder = tmp_path / "pictures"
+    folder.mkdir()
+    for i, row in enumerate(pq.read_table(REPO / "demo" / "pairs" / "train.parquet").slice(0, 6).to_pylist()):
+        (folder / f"{i}.png").write_bytes(row["jpg_0"] if row["label_0"] == 1 else row["jpg_1"])
+        (folder / f"{i}.txt").write_text(row["caption"] + "\n")
+    return folder
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# From pictures, and the whole way: train, draw, score, compare, and from scores
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def test_from_pictures_to_training_to_comparison_to_pairs_again(pictures, tmp_path, capsys):
+    out = tmp_path / "pairs"
+    build("from-pictures", f"--pictures={pictures}", f"--model={MODEL}", *DRAW, f"--output_dir={out}")
+
+    rows = read_pairs(out)
+    assert [row["caption"] for row in rows] == [(pictures / f"{i}.txt").read_text().strip() for i in range(6)]
+    for i, row in enumerate(rows):
+        winner, loser = (0, 1) if row["label_0"] == 1 else (1, 0)
+        assert row["label_0"] + row["label_1"] == 1 and row["has_label"]
+        assert row[f"jpg_{winner}"] == (pictures / f"{i}.png").read_bytes()
+        assert row[f"jpg_{loser}"] == (out / "work" / "losers" / f"{i:06d}.png").read_bytes()
+        assert row[f"model_{winner}"] == "data" and row[f"model_{loser}"] == MODEL
+        assert row[f"seed_{loser}"] == 100_003 * i and row[f"prompt_{loser}"] == row["caption"]
+    assert {row["label_0"] for row in rows} == {0.0, 1.0}
+    statistics = json.loads((out / "statistics.json").read_text())
+    assert statistics["pairs"] == 6 and statistics["winner is jpg_0"] == np.mean([r["label_0"] for r in rows]).round(4)
+    sheet = Image.open(out / "contact_sheet.png")
+    assert sheet.size == (4 * 340, 2 * 212)
+    for column, row in enumerate(rows[:4]):  # the chosen one on the left
+        winner, loser = (0, 1) if row["label_0"] == 1 else (1, 0)
+        for i, left in ((winner, 0), (loser, 164)):
+            expected = (
+                Image.open(io.BytesIO(row[f"jpg_{i}"])).convert("RGB").resize((160, 160), Image.Resampling.LANCZOS)
+            )
+            x = column * 340 + 8 + left
+            shown = np.asarray(sheet.crop((x, 40, x + 160, 200))).astype(int)
+            assert np.abs(shown - np.asarray(expected)).mean() < 25  # transparency is drawn on white there
+
+    train_two_steps(out, tmp_path / "tuned")
+
+    (tmp_path / "prompts.txt").write_text("rocket\nred apple\ngrinning face\n")
+    flags = [f"--prompts={tmp_path / 'prompts.txt'}", "--seeds", "0", "1", *DRAW, f"--output_dir={tmp_path / 'eval'}"]
+    generate.main(generate.parse_args([*flags, "--models", f"base={MODEL}", f"tuned={tmp_path / 'tuned'}"]))
+    score.main(score.parse_args([str(tmp_path / "eval"), "--metrics", "style"]))
+    compare.main(compare.parse_args([str(tmp_path / "eval"), "--base", "base"]))
+    scored = rows_of(tmp_path / "eval" / "scores.jsonl")
+    means = {name: np.mean([row["score"] for row in scored if row["model"] == name]) for name in ("base", "tuned")}
+    (result,) = json.loads((tmp_path / "eval" / "report.json").read_text())["results"]
+    assert len(scored) == 12 and result["pictures"] == 6 and result["prompts"] == 3
+    assert result["difference"] == pytest.approx(means["tuned"] - means["base"]) and result["difference"] != 0
+    assert result["difference_interval"][0] <= result["difference"] <= result["difference_interval"][1]
+
+    best = tmp_path / "best"
+    build("from-scores", f"--pictures={tmp_path / 'eval'}", "--metric=style", f"--output_dir={best}")
+    rows = read_pairs(best)
+    assert [row["caption"] for row in rows] == ["rocket", "red apple", "grinning face"]
+    for row in rows:
+        group = [r for r in scored if r["prompt"] == row["caption"]]
+        best_one, worst = max(group, key=lambda r: r["score"]), min(group, key=lambda r: r["score"])
+        winner, loser = (0, 1) if row["label_0"] == 1 else (1, 0)
+        for i, expected in ((winner, best_one), (loser, worst)):
+            assert row[f"score_{i}"] == expected["score"] and row[f"model_{i}"] == expected["model"]
+            assert row[f"jpg_{i}"] == (tmp_path / "eval" / expected["path"]).read_bytes()
+
+    every, margin = tmp_path / "every", 0.2
+    flags = ["--metric=style", "--mode=all", f"--min_margin={margin}", f"--output_dir={every}"]
+    build("from-scores", f"--pictures={tmp_path / 'eval'}", *flags)
+    count = 0
+    for prompt in ("rocket", "red apple", "grinning face"):
+        values = [r["score"] for r in scored if r["prompt"] == prompt]
+        count += sum(a - b > margin for a in values for b in values)
+    assert len(read_pairs(every)) == count > 3
+    with pytest.raises(SystemExit, match=r"no pair is left \(3 captions without a pair beyond the margin\)"):
+        build(
+            *[
+                "from-scores",
+                f"--pictures={tmp_path / 'eval'}",
+                "--min_margin=1000",
+                *flags[:2],
+                f"--output_dir={best}2",
+            ]
+        )
+
+
+def test_broken_pictures_and_captions_end_the_run_before_the_model_is_loaded(pictures, tmp_path):
+    flags = ["from-pictures", f"--pictures={pictures}", "--model=a/b", *DRAW, f"--output_dir={tmp_path / 'x'}"]
+    (pictures / "3.png").write_bytes((pictures / "3.png").read_bytes()[:200])
+    with pytest.raises(SystemExit, match="row 3: no readable picture .*: mend it or remove the row"):
+        build(*flags)
+    (pictures / "2.txt").write_text(" \n")
+    with pytest.raises(SystemExit, match="row 2: the caption is ''"):
+        build(*flags)
+    (pictures / "1.txt").unlink()
+    with pytest.raises(SystemExit, match="no 1.txt with the caption beside 1.png"):
+        build(*flags)
+    (tmp_path / "table.csv").write_text("words,image\nrocket,a.png\n")
+    with pytest.raises(SystemExit, match="no column caption or .* among words, image: name it with --caption_column"):
+        build("from-pictures", f"--pictures={tmp_path / 'table.csv'}", *flags[2:-1], f"--output_dir={tmp_path / 'y'}")
+
+
+def test_other_settings_need_another_folder(pictures, tmp_path):
+    flags = ["from-pictures", f"--pictures={pictures}", f"--model={MODEL}", *DRAW, f"--output_dir={tmp_path / 'x'}"]
+    build(*flags)
+    with pytest.raises(SystemExit, match="was begun with seed 0, now 1: name another folder"):
+        build(*flags, "--seed=1")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# From captions
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+class ChatServer:
+    """An OpenAI-compatible server on loopback.
+
+    Attributes:
+        troubles: what the next requests meet before all goes well: a status, "garbage", "silence" or "kill".
+        malformed: text in a request -> answers to give before a good one, again and again if one only.
+        requests: all requests that were answered well, with their text and whether they had a picture.
+    """
+
+    def __init__(self) -> None:
+        self.troubles, self.malformed, self.requests, self.keys, self.victim = [], {}, [], set(), None
+        self.kill_at, self.lock = None, threading.Lock()
+        server = self
+
+        class Handler(BaseHTTPRequestHandler):
+            def do_POST(self) -> None:
+                body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+                server.keys.add(self.headers.get("Authorization"))
+                assert self.path == "/v1/chat/completions" and body["model"] == "tiny"
+                with server.lock:
+                    trouble = server.troubles.pop(0) if server.troubles else None
+                if trouble == "silence":
+                    time.sleep(1.5)
+                if trouble == "garbage":
+                    return self.reply(200, b"<html>busy</html>")
+                if trouble == "shape":
+                    return self.reply(200, b'{"choices": []}')
+                if isinstance(trouble, int):
+                    return self.reply(trouble, f'{{"error": "bad key {KEY}"}}'.encode(), {"Retry-After": "0.05"})
+                with server.lock:
+                    text = server.answer(body["messages"][0]["content"])
+                    if server.kill_at is not None and len(server.requests) >= server.kill_at:
+                        server.kill_at = None
+                        os.kill(server.victim.pid, signal.SIGKILL)
+                choice = {"index": 0, "finish_reason": "stop", "message": {"role": "assistant", "content": text}}
+                self.reply(200, json.dumps({"object": "chat.completion", "choices": [choice]}).encode())
+
+            def reply(self, status: int, data: bytes, headers: dict[str, str] = {}) -> None:
+                try:
+                    self.send_response(status)
+                    for name, value in ({"Content-Length": str(len(data))} | headers).items():
+                        self.send_header(name, value)
+                    self.end_headers()
+                    self.wfile.write(data)
+                except OSError:
+                    pass  # who asked has gone
+
+            def log_message(self, *_) -> None:
+                pass
+
+        self.http = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        self.url = f"http://127.0.0.1:{self.http.server_port}/v1"
+        threading.Thread(target=self.http.serve_forever, daemon=True).start()
+
+    def answer(self, content) -> str:
+        text, picture = content, None
+        if isinstance(content, list):
+            text = next(part["text"] for part in content if part["type"] == "text")
+            url = next(part["image_url"]["url"] for part in content if part["type"] == "image_url")
+            picture = Image.open(io.BytesIO(base64.b64decode(url.removeprefix("data:image/png;base64,"))))
+        self.requests.append((text, picture is not None))
+        for mark, answers in self.malformed.items():
+            if mark in text:
+                return answers.pop(0) if len(answers) > 1 else answers[0]
+        if picture is not None:
+            return f"ANALYSIS: I looked at it.\nRATING: {rating_of(picture)}"
+        caption = text.rpartition("The prompt: ")[2]
+        return f"Sure!\n[[PROMPT]] {CONTEXT.format(caption)} [[PROMPT]]"
+
+
+def rating_of(picture: Image.Image) -> int:
+    """1 to 10, from the pixels."""
+    return 1 + hashlib.sha256(picture.convert("RGB").tobytes()).digest()[0] % 10
+
+
+@pytest.fixture
+def server(monkeypatch):
+    monkeypatch.setenv("OPENAI_API_KEY", KEY)
+    server = ChatServer()
+    yield server
+    server.http.shutdown()
+    server.http.server_close()
+
+
+CAPTIONS = ("red apple", "rocket", "yellow duck", "green tree", "blue car", "white ghost", "brown bear", "pink pig")
+
+
+def caption_flags(server: ChatServer, tmp_path: Path, *more) -> list[str]:
+    (tmp_path / "captions.txt").write_text("\n".join(CAPTIONS) + "\n")
+    flags = ["from-captions", f"--captions={tmp_path / 'captions.txt'}", "--attribute=cartoon style", "--model", MODEL]
+    flags += [
+        "--llm_model=tiny",
+        f"--llm_endpoint={server.url}",
+        "--judge_model=tiny",
+        f"--judge_endpoint={server.url}",
+    ]
+    flags += ["--judge_criterion=the picture is a cartoon", "--endpoint_timeout=1", "--endpoint_backoff=0.02"]
+    return [*flags, *DRAW, f"--output_dir={tmp_path / 'out'}", *more]
+
+
+def test_from_captions(server, tmp_path, capsys):
+    server.troubles = [429, 500, "garbage", "shape", "silence"]
+    server.malformed = {
+        "The prompt: red apple": ["no tags", "[[PROMPT]] too short [[PROMPT]]", f"[[PROMPT]]{CONTEXT}[[PROMPT]]"],
+        "The prompt: rocket": [f"[[PROMPT]] A cartoon of {CONTEXT} [[PROMPT]]"],
+        "was asked for: A small yellow duck": ["It is a fine picture, I would say 9."],
+    }
+    build(*caption_flags(server, tmp_path, "--endpoint_workers=1"))
+
+    work = tmp_path / "out" / "work"
+    contexts = {row["caption"]: row for row in rows_of(work / "contexts.jsonl")}
+    assert contexts["red apple"]["rejected"] == ["0 sentences between tags", "2 words"]
+    assert contexts["rocket"]["context"] is None and contexts["rocket"]["rejected"] == ["style word cartoon"] * 5
+    assert contexts["green tree"] == {
+        "row": 3,
+        "caption": "green tree",
+        "context": CONTEXT.format("green tree"),
+        "rejected": [],
+    }
+    drawn = {row["path"]: row for row in rows_of(work / "pictures.jsonl")}
+    assert drawn["winners/000003.png"]["prompt"] == "cartoon style, " + CONTEXT.format("green tree")
+    assert drawn["losers/000003.png"]["prompt"] == CONTEXT.format("green tree") and len(drawn) == 14
+
+    judged = {row["path"]: row["score"] for row in rows_of(work / "judgements.jsonl")}
+    kept = []
+    for i, caption in enumerate(CAPTIONS):
+        scores = [judged.get(f"{kind}/{i:06d}.png") for kind in ("winners", "losers")]
+        if caption in ("rocket", "yellow duck"):
+            assert scores == [None, None]
+            continue
+        assert scores == [rating_of(Image.open(work / kind / f"{i:06d}.png")) for kind in ("winners", "losers")]
+        kept += [(CONTEXT.format(caption), *scores)] if scores[0] > 5 else []
+    found = []
+    for row in read_pairs(tmp_path / "out"):
+        winner, loser = (0, 1) if row["label_0"] == 1 else (1, 0)
+        found.append((row["caption"], row[f"score_{winner}"], row[f"score_{loser}"]))
+    assert found == kept and 0 < len(kept) < 6
+
+    assert server.keys == {f"Bearer {KEY}"}
+    everything = "".join(
+        p.read_text() for p in (tmp_path / "out").rglob("*") if p.suffix in (".json", ".jsonl", ".md")
+    )
+    said = capsys.readouterr()
+    assert KEY not in everything + said.out + said.err
+    assert "1 of 8 captions got no well-formed context and are left out" in said.err
+    assert "1 without a rating" in said.out
+
+    asked = len(server.requests)
+    build(*caption_flags(server, tmp_path, "--min_score=0", "--min_margin=0"))  # other filters ask nothing again
+    margins = [judged[f"winners/{i:06d}.png"] - judged[f"losers/{i:06d}.png"] for i in (0, 3, 4, 5, 6, 7)]
+    assert len(server.requests) == asked and len(read_pairs(tmp_path / "out")) == sum(m > 0 for m in margins)
+
+
+def test_from_captions_killed_in_each_stage_loses_and_repeats_nothing(server, tmp_path):
+    flags = caption_flags(server, tmp_path, "--min_score=0", "--batch_size=1", "--endpoint_workers=1")
+    flags[flags.index("--num_inference_steps=2")] = "--num_inference_steps=8"
+    work = tmp_path / "out" / "work"
+
+    def run_and_kill(at: int | None) -> None:
+        server.kill_at = at
+        server.victim = process = start("pairs/build_preference_pairs.py", *flags)
+        if at is None:
+            log = work / "pictures.jsonl"
+            while not (log.exists() and log.read_text().count("\n") >= 3):
+                assert process.poll() is None, process.communicate()[1]
+                time.sleep(0.005)
+            process.send_signal(signal.SIGKILL)
+        process.communicate(timeout=120)
+        assert process.returncode == -signal.SIGKILL
+
+    run_and_kill(at=4)  # while the fourth context is written
+    assert len(rows_of(work / "contexts.jsonl")) == 3
+    run_and_kill(at=None)  # while pictures are drawn
+    assert len(rows_of(work / "contexts.jsonl")) == 8
+    times = {path: path.stat().st_mtime_ns for path in (work / "winners").glob("0*.png")}
+    assert 3 <= len(times) < 8
+    run_and_kill(at=len(server.requests) + 5)  # while the fifth picture is judged
+    assert len(rows_of(work / "judgements.jsonl")) == 4
+    assert not (tmp_path / "out" / pairs.PARQUET).exists()
+    build(*flags)
+
+    assert all(path.stat().st_mtime_ns == time_ns for path, time_ns in times.items())
+    assert [len(rows_of(work / name)) for name in ("contexts.jsonl", "pictures.jsonl", "judgements.jsonl")] == [
+        8,
+        16,
+        16,
+    ]
+    # Only the requests that were under way at a kill were asked twice.
+    assert len(server.requests) == 8 + 16 + 2
+    assert len(read_pairs(tmp_path / "out")) == 8
+    before = (tmp_path / "out" / pairs.PARQUET).read_bytes()
+    build(*flags)
+    assert (tmp_path / "out" / pairs.PARQUET).read_bytes() == before
+
+
+def test_safety_has_the_attribute_on_the_losers_and_another_model(server, tmp_path):
+    more = ["--winner_template={context}", "--loser_template={attribute} {caption}", "--caption_template={caption}"]
+    build(*caption_flags(server, tmp_path, "--no_contexts", "--no_judge", f"--loser_model={MODEL}", *more))
+
+    rows = read_pairs(tmp_path / "out")
+    assert not server.requests and len(rows) == 8
+    winner, loser = (0, 1) if rows[0]["label_0"] == 1 else (1, 0)
+    assert rows[0]["caption"] == rows[0][f"prompt_{winner}"] == "red apple"
+    assert rows[0][f"prompt_{loser}"] == "cartoon style red apple" and rows[0]["score_0"] is None
+
+
+@pytest.mark.parametrize(
+    "troubles, message",
+    [
+        ([503] * 3, "status 503, 3 times: see that the server runs"),
+        (["garbage"] * 3, "an answer that is no chat completion, 3 times"),
+        (["silence"] * 3, "no answer in 0.2 s, 3 times"),
+        ([401], r'status 401: \{"error": "bad key \*\*\*'),
+    ],
+)
+def test_an_endpoint_that_fails_ends_the_run_in_one_line(server, tmp_path, troubles, message):
+    server.troubles = troubles
+    flags = caption_flags(server, tmp_path, "--endpoint_tries=3", "--endpoint_timeout=0.2", "--endpoint_workers=1")
+    with pytest.raises(SystemExit, match=message) as done:
+        build(*flags)
+    assert KEY not in str(done.value) and "\n" not in str(done.value)
+
+
+def test_an_endpoint_that_is_down(server, tmp_path):
+    flags = caption_flags(server, tmp_path, "--endpoint_tries=2")
+    server.http.shutdown()
+    server.http.server_close()
+    with pytest.raises(SystemExit, match="no connection, 2 times: .* the same command goes on from here"):
+        build(*flags)
+
+
+def test_a_judge_that_answers_nonsense(server, tmp_path):
+    server.malformed = {"You rate a picture": ["Lovely!"]}
+    with pytest.raises(SystemExit, match="--judge_model tiny: none of its answers had the form RATING: 7"):
+        build(*caption_flags(server, tmp_path, "--max_rows=2", "--judge_tries=2"))
+    assert sum(with_picture for _, with_picture in server.requests) == 2 * 2 * 2
+
+
+@pytest.mark.parametrize(
+    "more, message",
+    [
+        (["--winner_template={style}"], "only {attribute}, {context}, {caption} are known"),
+        (["--resolution=60"], "--resolution 60: must be a positive multiple of 8"),
+    ],
+)
+def test_flags_that_cannot_be(server, tmp_path, more, message):
+    with pytest.raises(SystemExit, match=re.escape(message)):
+        build(*caption_flags(server, tmp_path, *more))
+
+
+def test_a_judge_or_its_absence_is_named(server, tmp_path):
+    flags = [flag for flag in caption_flags(server, tmp_path) if not flag.startswith("--judge_model")]
+    with pytest.raises(SystemExit, match="--judge_model: name a vision-language model, or keep all pairs"):
+        build(*flags)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Models of transformers in the place of endpoints: random ones, which talk nonsense
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def test_a_local_language_model_writes_and_its_nonsense_is_rejected(server, tmp_path):
+    from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
+
+    tokenizer = AutoTokenizer.from_pretrained(Path(MODEL) / "tokenizer")
+    tokenizer.model_max_length = 1024
+    tokenizer.save_pretrained(tmp_path / "llm")
+    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
+    torch.manual_seed(0)
+    model = LlamaForCausalLM(LlamaConfig(vocab_size=len(tokenizer), max_position_embeddings=1024, **sizes))
+    model.save_pretrained(tmp_path / "llm")
+
+    writer = pairs.LocalWriter(str(tmp_path / "llm"), "cpu")
+    inputs = tokenizer("red apple", return_tensors="pt").input_ids
+    expected = []
+    for _ in range(8):  # greedy, a token at a time
+        expected.append(
+            model(torch.cat([inputs, torch.tensor([expected], dtype=int)], 1)).logits[0, -1].argmax().item()
+        )
+    assert writer.ask("red apple", max_tokens=8) == tokenizer.decode(expected, skip_special_tokens=True)
+
+    flags = [flag for flag in caption_flags(server, tmp_path, "--max_rows=2") if not flag.startswith("--llm")]
+    flags += [f"--llm_model={tmp_path / 'llm'}", "--llm_tries=2", "--llm_max_tokens=12"]
+    with pytest.raises(SystemExit, match=r"no answer of 2 tries was well-formed \(last: 0 sentences between tags\)"):
+        build(*flags)
+    rejected = [row["rejected"] for row in rows_of(tmp_path / "out" / "work" / "contexts.jsonl")]
+    assert rejected == [["0 sentences between tags"] * 2] * 2
+
+
+@pytest.mark.parametrize(
+    "answer, context, reason",
+    [
+        (f"[[PROMPT]] {CONTEXT} [[PROMPT]]", CONTEXT, ""),
+        (f"Here:\n[[prompt]]\n{CONTEXT}\n[[/PROMPT]] Enjoy!", CONTEXT, ""),
+        (f"[[PROMPT]] {CONTEXT}", None, "0 sentences between tags"),
+        ("[[PROMPT]][[PROMPT]]", None, "0 words"),
+        (f"[[PROMPT]] {'very ' * 300} [[PROMPT]]", None, "300 words"),
+        (
+            "[[PROMPT]] A cat sits on a mat. A dog sits on the floor beside it. [[PROMPT]]",
+            None,
+            "more than one sentence",
+        ),
+        ("[[PROMPT]] An oil painting of a cat that sits on a mat [[PROMPT]]", None, "style word painting"),
+        ("[[PROMPT]] A cat that sits on a mat in dotted ink [[PROMPT]]", None, "style word ink"),
+    ],
+)
+def test_context_of_an_answer(answer, context, reason):
+    assert pairs.read_context(answer, [*pairs.STYLE_WORDS, "ink"]) == (context, reason)
+
+
+@pytest.mark.parametrize("use", ["from-pictures", "from-captions", "from-scores"])
+def test_help_explains_itself(use, capsys):
+    for argv in (["--help"], [use, "--help"]):
+        with pytest.raises(SystemExit) as done:
+            pairs.parse_args(argv)
+        assert done.value.code == 0 and use in capsys.readouterr().out
