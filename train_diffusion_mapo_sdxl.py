@@ -219,6 +219,8 @@ def parse_args(input_args: list[str] | None = None) -> argparse.Namespace:
         args = argparse.Namespace(**vars(parser.parse_args(input_args)), demo=True)
     if args.use_8bit_adam:
         args.optimizer = "adamw_8bit"
+    if args.optimizer == "adamw_bf16" and args.mixed_precision is None:
+        args.mixed_precision = "bf16"
     if args.cache_latents is None:
         args.cache_latents = not args.streaming
     if args.learning_rate is None:
@@ -292,7 +294,7 @@ def check_choices(parser: argparse.ArgumentParser, args: argparse.Namespace) -> 
         (args.chosen_column, "--chosen_column", args.image_0_column, "--image_0_column"),
         (args.streaming, "--streaming", args.cache_latents, "--cache_latents"),
         (args.use_lora, "--use_lora", args.optimizer == "adamw_bf16", "--optimizer adamw_bf16"),
-        (args.optimizer == "adamw_bf16", "--optimizer adamw_bf16", args.mixed_precision == "fp16", "fp16"),
+        (args.use_dora, "--use_dora", args.output_kohya_format, "--output_kohya_format"),  # no loader reads this
         (args.optimizer == "adamw_bf16", "--optimizer adamw_bf16", args.use_ema, "--use_ema"),
         # accelerate's config of wandb would carry the token to wandb's servers.
         (args.hub_token, "--hub_token", args.report_to == "wandb", "--report_to wandb"),
@@ -307,6 +309,8 @@ def check_choices(parser: argparse.ArgumentParser, args: argparse.Namespace) -> 
         path = getattr(args, name)
         if path is not None and Path(path).exists() and not Path(path).is_dir():
             parser.error(f"--{name} {path}: is a file; name a folder")
+    if args.optimizer == "adamw_bf16" and args.mixed_precision != "bf16":
+        parser.error(f"--optimizer adamw_bf16 needs --mixed_precision bf16, not {args.mixed_precision}")
     args.validation_prompts = read_prompts(parser, args.validation_prompts)
     checkpoints = list_checkpoints(Path(args.output_dir))
     if checkpoints and args.resume_from_checkpoint is None:
@@ -530,7 +534,8 @@ class PreferencePairs:
         """Changes with the rows, with which of them are used and who won, and with the files that they name."""
         files = []
         for side in self.sides:
-            values = self.dataset[side] if self.dataset.features[side].dtype == "string" else []
+            named = getattr(self.dataset.features[side], "dtype", None) == "string"
+            values = self.dataset[side] if named else []
             files += [(path, os.stat(self.image_root / path).st_mtime_ns) for path in values if path]
         used = (self.rows.tobytes(), self.winner_first.tobytes())
         return hash_of(self.dataset._fingerprint, files, *used)

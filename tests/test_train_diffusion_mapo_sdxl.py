@@ -500,17 +500,18 @@ def draw(pipeline) -> np.ndarray:
 def test_a_lora_loads_from_both_files_and_draws_what_was_trained(dora, train):
     from diffusers import StableDiffusionXLPipeline
 
-    flags = ["--use_lora", "--rank=4", "--learning_rate=1e-2", "--output_kohya_format", *dora]
+    flags = ["--use_lora", "--rank=4", "--learning_rate=1e-2", *(dora or ["--output_kohya_format"])]
     out = train(*flags)
 
     assert not (out / "unet").exists()
     pictures = [draw(StableDiffusionXLPipeline.from_pretrained(MODEL, dtype=torch.float32))]
-    for name in ("pytorch_lora_weights.safetensors", "pytorch_lora_weights_kohya.safetensors"):
+    for name in sorted(path.name for path in out.glob("*.safetensors")):
         pipeline = StableDiffusionXLPipeline.from_pretrained(MODEL, dtype=torch.float32)
         pipeline.load_lora_weights(out, weight_name=name)
         pictures.append(draw(pipeline))
     assert np.abs(pictures[0] - pictures[1]).max() > 0.02
-    if not dora:  # kohya's format has no place for DoRA's magnitudes in diffusers' converter
+    assert len(pictures) == (2 if dora else 3)
+    if not dora:
         assert np.abs(pictures[1] - pictures[2]).max() < 1e-3
     assert "load_lora_weights" in (out / "README.md").read_text()
 
@@ -539,14 +540,14 @@ def test_ema_is_the_running_mean_and_what_is_saved(train):
 
 
 @pytest.mark.parametrize("optimizer", ["adafactor", "adamw_bf16", "prodigy"])
-def test_every_optimizer_lowers_the_loss(optimizer, train):
+def test_every_optimizer_moves_the_weights(optimizer, train):
     rate = "1" if optimizer == "prodigy" else "1e-3"
-    flags = [f"--optimizer={optimizer}", f"--learning_rate={rate}", "--max_train_steps=30", "--max_train_samples=4"]
-    out = train(*flags, "--train_batch_size=4")
-    losses = [json.loads(line)["loss"] for line in (out / "metrics.jsonl").open()]
-    assert np.mean(losses[-5:]) < 0.5 * np.mean(losses[:5])
+    weights = read_weights(train(f"--optimizer={optimizer}", f"--learning_rate={rate}"))
+    base = read_weights(DEMO / "sdxl-tiny-twemoji")
+    moved = {name: (weights[name].float() - base[name].float()).abs().max().item() for name in base}
+    assert sum(0 < distance < 0.1 for distance in moved.values()) > 0.9 * len(base)
     dtype = torch.bfloat16 if optimizer == "adamw_bf16" else torch.float32
-    assert read_weights(out)["conv_in.weight"].dtype == dtype
+    assert weights["conv_in.weight"].dtype == dtype
 
 
 def test_validation_on_the_way_and_prompts_from_a_file(train, tmp_path):
@@ -568,9 +569,9 @@ def test_steps_that_are_not_finite_are_skipped_and_end_the_run(train, tmp_path):
 
 def test_a_margin_that_has_no_say_gives_one_warning(train, caplog):
     with caplog.at_level("INFO", logger="mapo"):
-        train("--beta_mapo=100000", "--max_train_steps=130", "--train_batch_size=1", "--learning_rate=1e-8")
+        train("--beta_mapo=1e9", "--max_train_steps=110", "--train_batch_size=1", "--learning_rate=1e-8")
     warnings = [record.message for record in caplog.records if "plain fine-tuning" in record.message]
-    assert len(warnings) == 1 and "--beta_mapo 100000" in warnings[0] and "--beta_mapo 12500" in warnings[0]
+    assert len(warnings) == 1 and "--beta_mapo 1e+09" in warnings[0] and "--beta_mapo 1.25e+08" in warnings[0]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -720,6 +721,11 @@ BAD_FLAGS = [
     (["--streaming", "--cache_latents"], "--streaming and --cache_latents exclude each other"),
     (["--hub_token=x", "--report_to=wandb"], "--hub_token and --report_to wandb exclude each other"),
     (["--use_lora", "--optimizer=adamw_bf16"], "--use_lora and --optimizer adamw_bf16 exclude each other"),
+    (
+        ["--optimizer=adamw_bf16", "--mixed_precision=no"],
+        "--optimizer adamw_bf16 needs --mixed_precision bf16, not no",
+    ),
+    (["--use_lora", "--use_dora", "--output_kohya_format"], "--use_dora and --output_kohya_format exclude each other"),
     (["--image_root=/none"], "--image_root /none: no such folder"),
     (["--output_dir=/etc/passwd"], "--output_dir /etc/passwd: is a file; name a folder"),
     (["--validation_prompts=none.txt"], "--validation_prompts none.txt: no such file"),
@@ -753,7 +759,7 @@ BAD_DATA = {
     "folder without a loser": (lambda path: write_folders(path, losers=False), "no l/0 to go with the others"),
     "only ties": (
         lambda path: write_pairs(path / "p.parquet", label_0=[0.5] * 8),
-        "none of 8 rows can be used (8 tied, 0 unlabelled)",
+        "no row can be used (8 rows: 8 ties left out, 0 without a label)",
     ),
     "unreadable picture": (
         lambda path: write_pairs(path / "p.parquet", jpg_1=[b"no picture"] * 8),
