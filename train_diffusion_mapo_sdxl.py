@@ -399,7 +399,8 @@ def load_unet(args: argparse.Namespace, accelerator: Accelerator) -> tuple:
     unet = UNet2DConditionModel.from_pretrained(name, subfolder="unet", variant=args.variant, dtype=dtype, **hub)
     if args.use_lora:
         add_lora(unet, args)
-        keep_lora_only(accelerator)
+        if not is_sharded(accelerator):  # their checkpoints hold the whole UNet
+            keep_lora_only(accelerator)
     if args.gradient_checkpointing:
         unet.enable_gradient_checkpointing()
     if args.enable_xformers_memory_efficient_attention:
@@ -1311,14 +1312,16 @@ def save_weights(unet, ema, args: argparse.Namespace, accelerator: Accelerator) 
         ema.store(trainable(unet, accelerator))
         ema.copy_to(trainable(unet, accelerator))
     output_dir = Path(args.output_dir)
+    state = accelerator.get_state_dict(unet, unwrap=True)
+    state = {name.replace("_orig_mod.", ""): tensor for name, tensor in state.items()}
     if args.use_lora:
         from diffusers.training_utils import _collate_lora_metadata
         from diffusers.utils import convert_state_dict_to_diffusers, convert_state_dict_to_kohya
         from peft import get_peft_model_state_dict
         from safetensors.torch import save_file
 
-        layers = get_peft_model_state_dict(model)
         if accelerator.is_main_process:
+            layers = get_peft_model_state_dict(model, state)
             StableDiffusionXLPipeline.save_lora_weights(
                 output_dir,
                 unet_lora_layers=convert_state_dict_to_diffusers(layers),
@@ -1327,10 +1330,8 @@ def save_weights(unet, ema, args: argparse.Namespace, accelerator: Accelerator) 
             if args.output_kohya_format:
                 named = convert_state_dict_to_kohya({f"unet.{name}": layer for name, layer in layers.items()})
                 save_aside(output_dir / "pytorch_lora_weights_kohya.safetensors", lambda path: save_file(named, path))
-    else:
-        state = accelerator.get_state_dict(unet, unwrap=True)
-        if accelerator.is_main_process:
-            save_pipeline({name.removeprefix("_orig_mod."): tensor for name, tensor in state.items()}, args)
+    elif accelerator.is_main_process:
+        save_pipeline(state, args)
     if ema is not None:
         ema.restore(trainable(unet, accelerator))
 
@@ -1467,6 +1468,7 @@ def prepare_run(args: argparse.Namespace) -> Accelerator:
             project_dir=args.output_dir, logging_dir=os.path.join(args.output_dir, "logs")
         ),
     )
+    prepare_sharding(args, accelerator)
     logging.basicConfig(format="%(message)s", level=logging.ERROR)
     logger.setLevel(logging.INFO if accelerator.is_main_process else logging.ERROR)
     transformers.utils.logging.set_verbosity_error()
@@ -1483,6 +1485,32 @@ def prepare_run(args: argparse.Namespace) -> Accelerator:
         Path(args.output_dir).mkdir(parents=True, exist_ok=True)
     accelerator.wait_for_everyone()
     return accelerator
+
+
+def prepare_sharding(args: argparse.Namespace, accelerator: Accelerator) -> None:
+    """Tells FSDP2 and DeepSpeed what accelerate's config doesn't."""
+    launched = int(os.environ.get("WORLD_SIZE", 1))
+    if launched != accelerator.num_processes:  # each would train alone, into the same folder
+        fail(f"{launched} processes were launched but don't find one another; without a GPU: accelerate launch --cpu")
+    if accelerator.distributed_type == "DEEPSPEED":
+        config = accelerator.state.deepspeed_plugin.deepspeed_config
+        config["train_micro_batch_size_per_gpu"] = args.train_batch_size
+        config["gradient_clipping"] = args.max_grad_norm
+        config["bf16"]["enabled"] = config["fp16"]["enabled"] = False  # the weights stay fp32 as elsewhere: autocast
+    elif accelerator.distributed_type == "FSDP":
+        if args.use_ema:
+            fail("--use_ema: not with FSDP; see configs/zero2.yaml")
+        if accelerator.mixed_precision != "no":
+            from torch.distributed.fsdp import MixedPrecisionPolicy
+
+            short = {"fp16": torch.float16, "bf16": torch.bfloat16}[accelerator.mixed_precision]
+            # Its default casts all inputs, time_ids among them.
+            policy = MixedPrecisionPolicy(short, reduce_dtype=torch.float32, cast_forward_inputs=False)
+            accelerator.state.fsdp_plugin.mixed_precision_policy = policy
+
+
+def is_sharded(accelerator: Accelerator) -> bool:
+    return accelerator.distributed_type in ("FSDP", "DEEPSPEED")
 
 
 def prepare_data(args: argparse.Namespace, accelerator: Accelerator) -> tuple:
@@ -1519,6 +1547,9 @@ def prepare_training(unet, checkpoint: Path | None, args: argparse.Namespace, ac
     from diffusers.training_utils import EMAModel
 
     optimizer = make_optimizer(trainable(unet, accelerator), args)
+    if is_sharded(accelerator) and accelerator.mixed_precision != "no":  # elsewhere accelerate does this
+        short = {"fp16": torch.float16, "bf16": torch.bfloat16}[accelerator.mixed_precision]
+        unet.forward = torch.autocast(accelerator.device.type, short)(unet.forward)
     lr_scheduler = get_scheduler(
         args.lr_scheduler, optimizer, num_warmup_steps=args.lr_warmup_steps, num_training_steps=args.max_train_steps
     )
@@ -1556,6 +1587,14 @@ def any_process(flag: bool, accelerator: Accelerator) -> bool:
     return accelerator.reduce(torch.tensor(float(flag), device=accelerator.device), "sum").item() > 0
 
 
+def clip_gradients(unet, args: argparse.Namespace, accelerator: Accelerator) -> torch.Tensor:
+    """Norm of the whole gradient before it is clipped, the same in every process."""
+    norm = accelerator.clip_grad_norm_(unet.parameters(), args.max_grad_norm)
+    if hasattr(norm, "full_tensor"):  # of FSDP2
+        norm = norm.full_tensor()
+    return torch.as_tensor(norm, device=accelerator.device)  # DeepSpeed has clipped, stepped and returns a number
+
+
 def main(args: argparse.Namespace) -> None:
     if args.demo:
         print(
@@ -1589,7 +1628,7 @@ def main(args: argparse.Namespace) -> None:
             log.add(metrics)
             skip = False
             if accelerator.sync_gradients:
-                grad_norm = accelerator.clip_grad_norm_(unet.parameters(), args.max_grad_norm)
+                grad_norm = clip_gradients(unet, args, accelerator)
                 # fp16 has its own guard: its scaler skips such steps, and the first ones are meant to be.
                 skip = accelerator.scaler is None and not bool(grad_norm.isfinite())
             if not skip:
