@@ -51,6 +51,8 @@ Departures from the authors' code:
 """
 
 import argparse
+import contextlib
+import errno
 import hashlib
 import importlib.util
 import io
@@ -104,6 +106,14 @@ OPTIMIZER_PACKAGES = {
     "prodigy": "prodigyopt",
 }
 PIP_NAMES = {"optimi": "torch-optimi"}
+# What a run may change when it goes on from a checkpoint. The data may move, but their pairs must be the same.
+FREE_SETTINGS = frozenset(
+    "output_dir cache_dir dataset_name image_root dataloader_num_workers demo max_train_steps max_nonfinite_steps "
+    "train_batch_size gradient_accumulation_steps gradient_checkpointing compile activation_memory_budget allow_tf32 "
+    "enable_xformers_memory_efficient_attention output_kohya_format checkpointing_steps checkpoints_total_limit "
+    "resume_from_checkpoint validation_prompts validation_steps validation_guidance_scale validation_inference_steps "
+    "logging_steps report_to push_to_hub hub_model_id use_8bit_adam skip_unreadable".split()
+)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -353,6 +363,30 @@ def fail(message: str) -> None:
     sys.exit(f"{Path(__file__).name}: error: {message}")
 
 
+@contextlib.contextmanager
+def full_disk_ends_in_one_line():
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        if not is_full_disk(error):
+            raise
+        fail(
+            f"--output_dir or --cache_dir: {root_cause(error)}; make room or name other folders, then go on with "
+            "--resume_from_checkpoint latest"
+        )
+
+
+def is_full_disk(error: BaseException) -> bool:
+    reasons = [os.strerror(number) for number in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)]
+    return any(reason in str(root_cause(error)) for reason in reasons)
+
+
+def root_cause(error: BaseException) -> BaseException:
+    while error.__cause__ is not None:
+        error = error.__cause__
+    return error
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Models
 # ---------------------------------------------------------------------------------------------------------------------
@@ -579,7 +613,9 @@ def load_dataset(args: argparse.Namespace):
         else:
             dataset = datasets.load_dataset(args.dataset_name, args.dataset_config_name, **options)
     except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
-        fail(f"--dataset_name {args.dataset_name}: {first_line(error)}")
+        if is_full_disk(error):
+            raise root_cause(error) from None
+        fail(f"--dataset_name {args.dataset_name}: {first_line(root_cause(error))}")
     if args.streaming and isinstance(dataset, datasets.Dataset):
         dataset = dataset.to_iterable_dataset()
     for column, feature in (dataset.features or {}).items():
@@ -1006,7 +1042,7 @@ def save_checkpoint(step: int, args: argparse.Namespace, accelerator: Accelerato
         accelerator.wait_for_everyone()
         if accelerator.is_main_process:
             sizes = {str(p.relative_to(aside)): p.stat().st_size for p in aside.rglob("*") if p.is_file()}
-            state = {"step": step, "sizes": sizes, "settings": public_settings(args)}
+            state = {"step": step, "sizes": sizes, **describe_run(args, accelerator)}
             (aside / "state.json").write_text(json.dumps(state, indent=2))
             shutil.rmtree(folder, ignore_errors=True)
             os.replace(aside, folder)
@@ -1025,6 +1061,49 @@ def save_checkpoint(step: int, args: argparse.Namespace, accelerator: Accelerato
 
 def public_settings(args: argparse.Namespace) -> dict:
     return {name: value for name, value in sorted(vars(args).items()) if name != "hub_token" and value is not None}
+
+
+def describe_run(args: argparse.Namespace, accelerator: Accelerator) -> dict:
+    processes = accelerator.num_processes
+    return {
+        "settings": public_settings(args),
+        "global_batch": args.train_batch_size * args.gradient_accumulation_steps * processes,
+        "kind": f"{accelerator.distributed_type.value} with {processes}" if is_sharded(accelerator) else "replicas",
+    }
+
+
+def check_resumption(checkpoint: Path | None, args: argparse.Namespace, accelerator: Accelerator) -> None:
+    """Ends the run with one line where it can't go on as the checkpoint's run would have."""
+    if checkpoint is None:
+        return
+    then, now = json.loads((checkpoint / "state.json").read_text()), describe_run(args, accelerator)
+    advice = "go on as before, or start anew in another --output_dir"
+    for name in sorted((then["settings"].keys() | now["settings"].keys()) - FREE_SETTINGS):
+        old, new = then["settings"].get(name), now["settings"].get(name)
+        if name != "pairs" and old != new:
+            fail(f"--{name} {new}: {checkpoint.name} was trained with {old}; {advice}")
+    if then["global_batch"] != now["global_batch"]:
+        fail(
+            f"--train_batch_size {args.train_batch_size} x --gradient_accumulation_steps "
+            f"{args.gradient_accumulation_steps} x {accelerator.num_processes} processes is {now['global_batch']}: "
+            f"{checkpoint.name} was trained with {then['global_batch']}; {advice}"
+        )
+    if then["kind"] != now["kind"]:
+        fail(f"--resume_from_checkpoint {checkpoint}: of {then['kind']}, but this is {now['kind']}; {advice}")
+    if then["step"] > args.max_train_steps:
+        fail(f"--max_train_steps {args.max_train_steps}: {checkpoint.name} is beyond it; name more steps")
+
+
+def check_pairs(captions: list[str], winner_first: np.ndarray, checkpoint: Path | None, args) -> None:
+    """Ends the run with one line where the pairs aren't those that the checkpoint's run trained on."""
+    args.pairs = hash_of(captions, winner_first.tobytes())
+    if checkpoint is None:
+        return
+    if json.loads((checkpoint / "state.json").read_text())["settings"]["pairs"] != args.pairs:
+        fail(
+            f"--dataset_name {args.dataset_name}: its pairs aren't those that {checkpoint.name} was trained on; "
+            "restore them, or start anew in another --output_dir"
+        )
 
 
 def find_checkpoint(args: argparse.Namespace) -> Path | None:
@@ -1081,9 +1160,11 @@ class MetricsLog:
         self.skipped_in_a_row, self.warned = 0, False
         if accelerator.is_main_process:
             if first_step and self.path.exists():  # what an unbroken run would have written by now
-                lines = self.path.read_text().splitlines()
-                self.history = [r for r in map(json.loads, lines) if r["step"] <= first_step]
-            self.path.write_text("".join(json.dumps(record) + "\n" for record in self.history))
+                lines = self.path.read_text().splitlines(keepends=True)
+                whole = [json.loads(line) for line in lines if line.endswith("\n")]  # a kill may halve the last
+                self.history = [record for record in whole if record["step"] <= first_step]
+            text = "".join(json.dumps(record) + "\n" for record in self.history)
+            save_aside(self.path, lambda path: path.write_text(text))
         self.bar = tqdm(
             total=args.max_train_steps, initial=first_step, desc="Training", disable=not accelerator.is_main_process
         )
@@ -1513,8 +1594,8 @@ def is_sharded(accelerator: Accelerator) -> bool:
     return accelerator.distributed_type in ("FSDP", "DEEPSPEED")
 
 
-def prepare_data(args: argparse.Namespace, accelerator: Accelerator) -> tuple:
-    """Pairs, encoded as far as they can be ahead of training.
+def prepare_data(args: argparse.Namespace, accelerator: Accelerator, checkpoint: Path | None = None) -> tuple:
+    """Pairs, encoded as far as they can be ahead of training; those that the checkpoint was trained on.
 
     Returns the data set that `make_batches` takes, the pipeline without UNet, the validation prompts, and their
     embeddings with those of the empty prompt behind them.
@@ -1524,9 +1605,11 @@ def prepare_data(args: argparse.Namespace, accelerator: Accelerator) -> tuple:
 
         dataset = load_dataset(args)
         first = PreferencePairs(datasets.Dataset.from_list(list(dataset.take(64))), args)
+        check_pairs(first.captions, first.winner_first, checkpoint, args)
         prompts = choose_prompts(first.captions, args)
     else:
         pairs = load_pairs(args, accelerator)
+        check_pairs(pairs.captions, pairs.winner_first, checkpoint, args)
         prompts = choose_prompts(pairs.captions, args)
     weight_dtype = {"fp16": torch.float16, "bf16": torch.bfloat16}.get(accelerator.mixed_precision, torch.float32)
     pipeline = load_frozen_models(args, accelerator.device, weight_dtype)
@@ -1595,6 +1678,7 @@ def clip_gradients(unet, args: argparse.Namespace, accelerator: Accelerator) -> 
     return torch.as_tensor(norm, device=accelerator.device)  # DeepSpeed has clipped, stepped and returns a number
 
 
+@full_disk_ends_in_one_line()
 def main(args: argparse.Namespace) -> None:
     if args.demo:
         print(
@@ -1608,7 +1692,8 @@ def main(args: argparse.Namespace) -> None:
     if args.push_to_hub and accelerator.is_main_process:
         args.hub_model_id = create_repository(args)
     checkpoint = find_checkpoint(args)
-    dataset, pipeline, prompts, prompt_embeddings = prepare_data(args, accelerator)
+    check_resumption(checkpoint, args, accelerator)
+    dataset, pipeline, prompts, prompt_embeddings = prepare_data(args, accelerator, checkpoint)
 
     unet, noise_scheduler = load_unet(args, accelerator)
     unet.to(device)
