@@ -177,7 +177,7 @@ def parse_args(input_args: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--train_batch_size", type=int, default=4, help="Pairs per process and forward pass.")
     parser.add_argument("--gradient_accumulation_steps", type=int, default=1)
     parser.add_argument("--max_train_steps", type=int, default=2000, help="Optimizer steps.")
-    parser.add_argument("--learning_rate", type=float, help="Not scaled by anything. Default: 1e-7, of a LoRA 1e-5.")
+    parser.add_argument("--learning_rate", type=float, help="Default: 1e-7, of a LoRA 1e-5, for prodigy 1.")
     schedules = ["linear", "cosine", "cosine_with_restarts", "polynomial", "constant", "constant_with_warmup"]
     parser.add_argument("--lr_scheduler", default="cosine", choices=schedules)
     parser.add_argument("--lr_warmup_steps", type=int, default=0)
@@ -234,7 +234,7 @@ def parse_args(input_args: list[str] | None = None) -> argparse.Namespace:
     if args.cache_latents is None:
         args.cache_latents = not args.streaming
     if args.learning_rate is None:
-        args.learning_rate = 1e-5 if args.use_lora else 1e-7
+        args.learning_rate = 1.0 if args.optimizer == "prodigy" else 1e-5 if args.use_lora else 1e-7
     check_numbers(parser, args)
     check_choices(parser, args)
     return args
@@ -1320,9 +1320,9 @@ def draw_grid(prompts: list[str], before: list[Image.Image], after: list[Image.I
     from PIL import ImageDraw, ImageFont
 
     side = max(128, min(384, before[0].width))
-    count, head = min(12, len(prompts)), 46
+    count, head = min(12, len(prompts)), 42
     columns = min(4, count)
-    cell_width, cell_height = 2 * side + 24, side + head + 16
+    cell_width, cell_height = 2 * side + 24, side + head + 24
     font = ImageFont.load_default(13)
     grid = Image.new("RGB", (columns * cell_width, -(-count // columns) * cell_height), "white")
     pen = ImageDraw.Draw(grid)
@@ -1333,7 +1333,7 @@ def draw_grid(prompts: list[str], before: list[Image.Image], after: list[Image.I
         for column, (picture, name) in enumerate(((before[i], "before"), (after[i], "after"))):
             left = x + column * (side + 4)
             grid.paste(picture.resize((side, side), Image.Resampling.LANCZOS), (left, y + head))
-            pen.text((left + 4, y + head + 2), name, "grey", ImageFont.load_default(11))
+            pen.text((left + 4, y + head + side), name, "grey", ImageFont.load_default(11))
     return grid
 
 
@@ -1680,7 +1680,7 @@ def clip_gradients(unet, args: argparse.Namespace, accelerator: Accelerator) -> 
 
 @full_disk_ends_in_one_line()
 def main(args: argparse.Namespace) -> None:
-    if args.demo:
+    if args.demo and os.environ.get("RANK", "0") == "0":
         print(
             "Neither --pretrained_model_name_or_path nor --dataset_name is given: training the demo. For SDXL: "
             "accelerate launch train_diffusion_mapo_sdxl.py --dataset_name YOUR_PAIRS --pretrained_model_name_or_path "
