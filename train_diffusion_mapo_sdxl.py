@@ -64,6 +64,7 @@ import os
 import shutil
 import signal
 import sys
+import tempfile
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -236,6 +237,7 @@ def parse_args(input_args: list[str] | None = None) -> argparse.Namespace:
     if args.learning_rate is None:
         args.learning_rate = 1.0 if args.optimizer == "prodigy" else 1e-5 if args.use_lora else 1e-7
     check_numbers(parser, args)
+    check_bounds(parser, args)
     check_choices(parser, args)
     return args
 
@@ -258,6 +260,8 @@ def check_numbers(parser: argparse.ArgumentParser, args: argparse.Namespace) -> 
         "dataloader_num_workers": 0,
         "seed": 0,
         "noise_offset": 0,
+        "adam_weight_decay": 0,
+        "validation_guidance_scale": 0,
         "resolution": 8,
     }
     for name, bound in least.items():
@@ -268,13 +272,27 @@ def check_numbers(parser: argparse.ArgumentParser, args: argparse.Namespace) -> 
         value = getattr(args, name)
         if value is not None and not (value > 0 and math.isfinite(value)):
             parser.error(f"--{name} {value}: must be positive and finite")
-    shares = ("label_noise_prob", "proportion_empty_prompts", "lora_dropout", "ema_decay", "activation_memory_budget")
-    for name in (*shares, "adam_beta1", "adam_beta2"):
+    shares = ("label_noise_prob", "proportion_empty_prompts", "ema_decay", "activation_memory_budget")
+    for name in shares:
         value = getattr(args, name)
         if value is not None and not 0 <= value <= 1:
             parser.error(f"--{name} {value}: must be between 0 and 1")
     if args.resolution % 8:
         parser.error(f"--resolution {args.resolution}: must be a multiple of 8; try {round(args.resolution / 8) * 8}")
+
+
+def check_bounds(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
+    """As `check_numbers`, where the bound itself is out of range or another argument."""
+    for name, value in vars(args).items():
+        if value == "":
+            parser.error(f"--{name}: is empty; leave the flag out, or give it a value")
+    for name in ("adam_beta1", "adam_beta2", "lora_dropout"):
+        if not 0 <= getattr(args, name) < 1:
+            parser.error(f"--{name} {getattr(args, name)}: must be at least 0 and below 1")
+    if args.seed >= 2**32:
+        parser.error(f"--seed {args.seed}: must be below 2**32")
+    if args.lr_warmup_steps > args.max_train_steps and not args.demo:
+        parser.error(f"--lr_warmup_steps {args.lr_warmup_steps}: more than --max_train_steps {args.max_train_steps}")
 
 
 def check_choices(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
@@ -293,6 +311,7 @@ def check_choices(parser: argparse.ArgumentParser, args: argparse.Namespace) -> 
     needs = (
         (args.label_1_column, "--label_1_column", args.label_0_column, "--label_0_column"),
         (args.use_dora, "--use_dora", args.use_lora, "--use_lora"),
+        (args.lora_alpha, "--lora_alpha", args.use_lora, "--use_lora"),
         (args.output_kohya_format, "--output_kohya_format", args.use_lora, "--use_lora"),
         (args.activation_memory_budget, "--activation_memory_budget", args.compile, "--compile"),
         (args.hub_model_id, "--hub_model_id", args.push_to_hub, "--push_to_hub"),
@@ -349,7 +368,10 @@ def read_prompts(parser: argparse.ArgumentParser, prompts: list[str] | None) -> 
     if prompts is not None and len(prompts) == 1 and prompts[0].endswith(".txt"):
         if not Path(prompts[0]).is_file():
             parser.error(f"--validation_prompts {prompts[0]}: no such file")
-        lines = Path(prompts[0]).read_text(encoding="utf-8").splitlines()
+        try:
+            lines = Path(prompts[0]).read_text(encoding="utf-8").splitlines()
+        except UnicodeDecodeError as error:
+            parser.error(f"--validation_prompts {prompts[0]}: {error}; save it as UTF-8")
         prompts = [line.strip() for line in lines if line.strip()]
         if not prompts:
             parser.error("--validation_prompts: the file has no line")
@@ -392,6 +414,37 @@ def root_cause(error: BaseException) -> BaseException:
 # ---------------------------------------------------------------------------------------------------------------------
 
 
+def check_model(args: argparse.Namespace) -> None:
+    """Ends the run with one line where the model's configuration says that it can't be trained like this."""
+    from diffusers import AutoencoderKL, DDPMScheduler, DiffusionPipeline, UNet2DConditionModel
+
+    name, hub = args.pretrained_model_name_or_path, {"revision": args.revision, "cache_dir": args.cache_dir}
+    flag = f"--pretrained_model_name_or_path {name}"
+    try:
+        index = DiffusionPipeline.load_config(name, **hub)
+        unet_config = UNet2DConditionModel.load_config(name, subfolder="unet", **hub)
+        scheduler_config = DDPMScheduler.load_config(name, subfolder="scheduler", **hub)
+        if args.pretrained_vae_model_name_or_path is not None:
+            flag = f"--pretrained_vae_model_name_or_path {args.pretrained_vae_model_name_or_path}"
+            AutoencoderKL.load_config(args.pretrained_vae_model_name_or_path, cache_dir=args.cache_dir)
+    except (OSError, ValueError) as error:
+        fail(f"{flag}: {first_line(error)}")
+    flag, folder = f"--pretrained_model_name_or_path {args.pretrained_model_name_or_path}", Path(name) / "unet"
+    if None in index.get("text_encoder", [None]) or "text_encoder_2" not in index:
+        fail(f"{flag}: a {index['_class_name']}; name an SDXL base model")
+    if unet_config["in_channels"] != unet_config["out_channels"]:
+        fail(f"{flag}: its UNet takes {unet_config['in_channels']} channels; name a model that isn't for inpainting")
+    prediction = scheduler_config.get("prediction_type", "epsilon")
+    if prediction not in ("epsilon", "v_prediction"):
+        fail(f"{flag}: prediction type {prediction}; needs epsilon or v_prediction")
+    ending = f"*.{args.variant}" if args.variant else "*"
+    if folder.is_dir() and not any(folder.glob(f"{ending}.{kind}") for kind in ("safetensors", "bin")):
+        fail(f"{flag}: no weights {ending}.safetensors in {folder}; see --variant")
+    if args.use_lora:
+        with torch.device("meta"):
+            add_lora(UNet2DConditionModel.from_config(unet_config), args)
+
+
 def load_frozen_models(args: argparse.Namespace, device: torch.device, weight_dtype: torch.dtype):
     """SDXL's pipeline without its UNet: it encodes the captions and the pictures, and draws at validation."""
     from diffusers import AutoencoderKL, StableDiffusionXLPipeline
@@ -425,12 +478,13 @@ def load_unet(args: argparse.Namespace, accelerator: Accelerator) -> tuple:
 
     name, hub = args.pretrained_model_name_or_path, {"revision": args.revision, "cache_dir": args.cache_dir}
     noise_scheduler = DDPMScheduler.from_pretrained(name, subfolder="scheduler", **hub)
-    if noise_scheduler.config.prediction_type not in ("epsilon", "v_prediction"):
-        fail(f"{name}: prediction type {noise_scheduler.config.prediction_type}; needs epsilon or v_prediction")
     dtype = torch.bfloat16 if args.optimizer == "adamw_bf16" else torch.float32
     if args.use_lora:  # the frozen weights may be as short as the computation
         dtype = {"fp16": torch.float16, "bf16": torch.bfloat16}.get(accelerator.mixed_precision, torch.float32)
-    unet = UNet2DConditionModel.from_pretrained(name, subfolder="unet", variant=args.variant, dtype=dtype, **hub)
+    try:
+        unet = UNet2DConditionModel.from_pretrained(name, subfolder="unet", variant=args.variant, dtype=dtype, **hub)
+    except (OSError, ValueError) as error:
+        fail(f"--pretrained_model_name_or_path {name}: {first_line(error)}")
     if args.use_lora:
         add_lora(unet, args)
         if not is_sharded(accelerator):  # their checkpoints hold the whole UNet
@@ -500,6 +554,8 @@ def find_columns(args: argparse.Namespace, names: list[str]) -> tuple:
                 "either --chosen_column, --rejected_column or --image_0_column, --image_1_column, --label_0_column"
             )
         columns = (args.caption_column or known[0][0], *known[0][1:])
+    if columns[1] == columns[2]:
+        fail(f"{where}column {columns[1]} is named as both pictures")
     if missing := [name for name in columns if name is not None and name not in names]:
         fail(f"{where}no column {missing[0]} among {', '.join(names)}")
     return columns
@@ -526,11 +582,14 @@ class PreferencePairs:
         share = np.ones(count)
         if label_0 is not None:
             share = read_labels(dataset[label_0], label_0)
+            if label_1 is None and ((share < 0) | (share > 1)).any():
+                value = share[(share < 0) | (share > 1)][0]
+                fail(f"--label_0_column {label_0}: {value:g}; alone it's a share from 0 to 1, see --label_1_column")
             other = 1 - share if label_1 is None else read_labels(dataset[label_1], label_1)
             share = np.where(share == other, 0.5, np.where(np.isnan(other), np.nan, share > other))
         labelled = ~np.isnan(share)
         if "has_label" in dataset.column_names:
-            labelled &= np.array(dataset["has_label"], dtype=bool)
+            labelled &= read_labels(dataset["has_label"], "has_label") > 0
         tied = labelled & (share == 0.5)
         self.tied, self.unlabelled = int(tied.sum()), int((~labelled).sum())
         lots = np.random.default_rng((args.seed, first_row)).random((count, 2))
@@ -571,7 +630,8 @@ class PreferencePairs:
         for side in self.sides:
             named = getattr(self.dataset.features[side], "dtype", None) == "string"
             values = self.dataset[side] if named else []
-            files += [(path, os.stat(self.image_root / path).st_mtime_ns) for path in values if path]
+            paths = [self.image_root / path for path in values if path]
+            files += [(str(path), path.stat().st_mtime_ns if path.exists() else None) for path in paths]
         used = (self.rows.tobytes(), self.winner_first.tobytes())
         return hash_of(self.dataset._fingerprint, files, *used)
 
@@ -581,7 +641,7 @@ def read_labels(values, column: str) -> np.ndarray:
     try:
         return np.array([math.nan if v is None or v == "" else float(v) for v in values])
     except (TypeError, ValueError) as error:
-        fail(f"--label_0_column {column}: {error}; labels must be numbers")
+        fail(f"--dataset_name: column {column}: {error}; labels must be numbers")
 
 
 def load_dataset(args: argparse.Namespace):
@@ -590,6 +650,7 @@ def load_dataset(args: argparse.Namespace):
     import datasets
 
     datasets.disable_progress_bars()
+    datasets.logging.set_verbosity(logging.CRITICAL)  # what it logs as an error is raised too
     path = Path(args.dataset_name)
     kinds = {
         ".parquet": "parquet",
@@ -612,7 +673,7 @@ def load_dataset(args: argparse.Namespace):
             dataset = datasets.load_from_disk(path)
         else:
             dataset = datasets.load_dataset(args.dataset_name, args.dataset_config_name, **options)
-    except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
+    except Exception as error:  # readers of files raise whatever they please
         if is_full_disk(error):
             raise root_cause(error) from None
         fail(f"--dataset_name {args.dataset_name}: {first_line(root_cause(error))}")
@@ -630,14 +691,26 @@ def first_line(error: Exception) -> str:
 
 def list_picture_folders(path: Path) -> list[dict[str, str]]:
     """`w/NAME.*`, `l/NAME.*`, `NAME.txt` -> one row per name."""
-    winners, losers = ({p.stem: str(p) for p in sorted((path / side).iterdir())} for side in ("w", "l"))
-    captions = {p.stem: p for p in path.glob("*.txt")}
+    winners, losers = {}, {}
+    for side, files in (("w", winners), ("l", losers)):
+        for file in sorted((path / side).glob("[!.]*")):
+            if file.stem in files:
+                fail(f"--dataset_name {path}: {file} and {files[file.stem]} have one name")
+            files[file.stem] = str(file)
+    captions = {p.stem: p for p in path.glob("[!.]*.txt")}
+    if not winners:
+        fail(f"--dataset_name {path}: no picture in {path / 'w'}")
     names = sorted(winners.keys() | losers.keys() | captions.keys())
     for name in names:
         for where, files in (("w/", winners), ("l/", losers), ("", captions)):
             if name not in files:
                 fail(f"--dataset_name {path}: no {where}{name}{'.txt' if not where else ''} to go with the others")
-    rows = [{"caption": captions[n].read_text(encoding="utf-8").strip()} for n in names]
+    rows = []
+    for name in names:
+        try:
+            rows.append({"caption": captions[name].read_text(encoding="utf-8").strip()})
+        except (OSError, UnicodeDecodeError) as error:
+            fail(f"--dataset_name {path}: {captions[name]}: {error}; captions are text in UTF-8")
     return [row | {"chosen": winners[n], "rejected": losers[n]} for row, n in zip(rows, names)]
 
 
@@ -658,10 +731,7 @@ def load_pairs(args: argparse.Namespace, accelerator: Accelerator) -> Preference
         with ThreadPoolExecutor() as pool:
             return {"readable": list(pool.map(lambda i: can_read(pairs, i, args), indices.tolist()))}
 
-    try:
-        name = f"reading-{hash_of(pairs.fingerprint(), args.skip_unreadable)}"
-    except OSError as error:
-        fail(f"--dataset_name {args.dataset_name}: {error}; see --image_root")
+    name = f"reading-{hash_of(pairs.fingerprint(), args.skip_unreadable)}"
     readable = encode_once(name, {"readable": ((), "bool")}, len(pairs), read, 64, args, accelerator)["readable"]
     logger.info(f"{counts}, {int((~readable).sum())} unreadable.")
     pairs.keep(np.flatnonzero(readable))
@@ -675,7 +745,7 @@ def can_read(pairs: PreferencePairs, i: int, args: argparse.Namespace) -> bool:
         pairs.pictures(i)
     except ValueError as error:
         if not args.skip_unreadable:
-            fail(f"{first_line(error)}; mend it, or leave such rows out with --skip_unreadable")
+            fail(f"{first_line(error)}; mend it (--image_root?), or leave such rows out with --skip_unreadable")
         return False
     return True
 
@@ -776,14 +846,13 @@ def encode_once(name: str, arrays: dict, length: int, encode, batch_size: int, a
     accelerator.wait_for_everyone()  # all have looked before any writes
     mine = missing[accelerator.process_index :: accelerator.num_processes]
     what = name.split("-")[0].capitalize()
-    bar = tqdm(total=len(mine), desc=what, disable=len(mine) == 0 or not accelerator.is_main_process)
-    for start in range(0, len(mine), batch_size):
-        chunk = mine[start : start + batch_size]
-        for key, values in encode(chunk).items():
-            maps[key][chunk] = values
-        maps["done"][chunk] = True
-        bar.update(len(chunk))
-    bar.close()
+    with tqdm(total=len(mine), desc=what, disable=len(mine) == 0 or not accelerator.is_main_process) as bar:
+        for start in range(0, len(mine), batch_size):
+            chunk = mine[start : start + batch_size]
+            for key, values in encode(chunk).items():
+                maps[key][chunk] = values
+            maps["done"][chunk] = True
+            bar.update(len(chunk))
     accelerator.wait_for_everyone()
     return {key: maps[key] for key in arrays}
 
@@ -1550,6 +1619,7 @@ def prepare_run(args: argparse.Namespace) -> Accelerator:
         ),
     )
     prepare_sharding(args, accelerator)
+    check_device(args, accelerator)
     logging.basicConfig(format="%(message)s", level=logging.ERROR)
     logger.setLevel(logging.INFO if accelerator.is_main_process else logging.ERROR)
     transformers.utils.logging.set_verbosity_error()
@@ -1563,9 +1633,31 @@ def prepare_run(args: argparse.Namespace) -> Accelerator:
         torch.set_float32_matmul_precision("high")
     set_seed(args.seed)
     if accelerator.is_main_process:
-        Path(args.output_dir).mkdir(parents=True, exist_ok=True)
+        check_folders(args)
     accelerator.wait_for_everyone()
     return accelerator
+
+
+def check_folders(args: argparse.Namespace) -> None:
+    """Makes the folders; ends the run with one line where they can't be made or written to."""
+    for name in ("output_dir", "cache_dir"):
+        if (folder := getattr(args, name)) is None:
+            continue
+        try:
+            Path(folder).mkdir(parents=True, exist_ok=True)
+            tempfile.TemporaryFile(dir=folder).close()
+        except OSError as error:
+            fail(f"--{name} {folder}: {error.strerror}; name a folder that can be written to")
+
+
+def check_device(args: argparse.Namespace, accelerator: Accelerator) -> None:
+    """Ends the run with one line where the device can't do what a flag asks for."""
+    if accelerator.device.type != "cpu":
+        return
+    if accelerator.mixed_precision == "fp16":
+        fail("--mixed_precision fp16: needs a GPU; take bf16 or no")
+    if args.enable_xformers_memory_efficient_attention:
+        fail("--enable_xformers_memory_efficient_attention: needs a GPU; leave it out")
 
 
 def prepare_sharding(args: argparse.Namespace, accelerator: Accelerator) -> None:
@@ -1604,7 +1696,13 @@ def prepare_data(args: argparse.Namespace, accelerator: Accelerator, checkpoint:
         import datasets
 
         dataset = load_dataset(args)
-        first = PreferencePairs(datasets.Dataset.from_list(list(dataset.take(64))), args)
+        try:
+            rows = list(dataset.take(64))
+        except Exception as error:  # as in load_dataset
+            fail(f"--dataset_name {args.dataset_name}: {first_line(root_cause(error))}")
+        first = PreferencePairs(datasets.Dataset.from_list(rows), args)
+        if len(first) == 0 and len(rows) < 64:
+            fail(f"--dataset_name {args.dataset_name}: no row can be used")
         check_pairs(first.captions, first.winner_first, checkpoint, args)
         prompts = choose_prompts(first.captions, args)
     else:
@@ -1693,6 +1791,7 @@ def main(args: argparse.Namespace) -> None:
         args.hub_model_id = create_repository(args)
     checkpoint = find_checkpoint(args)
     check_resumption(checkpoint, args, accelerator)
+    check_model(args)
     dataset, pipeline, prompts, prompt_embeddings = prepare_data(args, accelerator, checkpoint)
 
     unet, noise_scheduler = load_unet(args, accelerator)
