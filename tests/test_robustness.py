@@ -15,8 +15,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
-from conftest import REPO, picture_bytes, read_weights
-from PIL import Image
+from conftest import REPO, read_weights
 
 
 DEMO = REPO / "demo"
@@ -222,7 +221,7 @@ def test_where_the_output_is_full_earlier_checkpoints_stay_and_the_run_goes_on(
     run = start(*flags, file_limit=limit)
     assert run.wait() == 1, run.said()
     line = last_line(run)
-    assert f"error: --output_dir" in line and "make room" in line and "--resume_from_checkpoint latest" in line
+    assert "error: --output_dir" in line and "make room" in line and "--resume_from_checkpoint latest" in line
     assert "Traceback" not in run.said()
     import train_diffusion_mapo_sdxl as script
 
