@@ -1669,7 +1669,6 @@ def prepare_sharding(args: argparse.Namespace, accelerator: Accelerator) -> None
         config = accelerator.state.deepspeed_plugin.deepspeed_config
         config["train_micro_batch_size_per_gpu"] = args.train_batch_size
         config["gradient_clipping"] = args.max_grad_norm
-        config["bf16"]["enabled"] = config["fp16"]["enabled"] = False  # the weights stay fp32 as elsewhere: autocast
     elif accelerator.distributed_type == "FSDP":
         if args.use_ema:
             fail("--use_ema: not with FSDP; see configs/zero2.yaml")
@@ -1734,6 +1733,9 @@ def prepare_training(unet, checkpoint: Path | None, args: argparse.Namespace, ac
     lr_scheduler = get_scheduler(
         args.lr_scheduler, optimizer, num_warmup_steps=args.lr_warmup_steps, num_training_steps=args.max_train_steps
     )
+    if accelerator.distributed_type == "DEEPSPEED":  # the weights stay in fp32 as elsewhere, bf16 is autocast
+        for short in ("bf16", "fp16"):
+            accelerator.state.deepspeed_plugin.deepspeed_config[short]["enabled"] = False
     unet, optimizer = accelerator.prepare(unet, optimizer)
     accelerator.register_for_checkpointing(lr_scheduler)  # not prepared: accelerate would step it once per process
     ema = None

@@ -15,7 +15,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
-from conftest import REPO, read_weights
+from conftest import REPO, picture_bytes, read_weights
+from PIL import Image
 
 
 DEMO = REPO / "demo"
@@ -232,3 +233,268 @@ def test_where_the_output_is_full_earlier_checkpoints_stay_and_the_run_goes_on(
     run = start(*flags)
     assert run.wait() == 0, run.said()
     assert same_weights(disk, unbroken) and (not left or f"{left[-1]}." in run.said())
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Bad input: data, files and folders (bad flags are in test_train_diffusion_mapo_sdxl.py)
+# ---------------------------------------------------------------------------------------------------------------------
+
+ROW = {"prompt": "fox", "chosen": "a.png", "rejected": "b.png"}
+
+
+def lines(*rows) -> str:
+    """Rows as JSON lines; what is text already stays as it is."""
+    return "\n".join(row if isinstance(row, str) else json.dumps(row) for row in rows) + "\n"
+
+
+def jsonl(path: Path, text: str | bytes) -> list[str]:
+    """--dataset_name of a JSONL file beside the pictures a.png, b.png and the broken empty.png, short.png."""
+    for name, color in (("a", "red"), ("b", "blue")):
+        Image.new("RGB", (64, 64), color).save(path / f"{name}.png")
+    (path / "empty.png").write_bytes(b"")
+    (path / "short.png").write_bytes(picture_bytes(Image.new("RGB", (64, 64)))[:-40])
+    (path / "pairs.jsonl").write_bytes(text if isinstance(text, bytes) else text.encode())
+    return [f"--dataset_name={path / 'pairs.jsonl'}", f"--image_root={path}"]
+
+
+def parquet(path: Path, **changes) -> list[str]:
+    return [f"--dataset_name={write_pairs(path / 'p.parquet', **changes)}"]
+
+
+def file(path: Path, name: str, content: bytes) -> str:
+    (path / name).write_bytes(content)
+    return str(path / name)
+
+
+def folders(path: Path, **changes: bytes) -> list[str]:
+    """--dataset_name of a folder with w/0.png, l/0.png and 0.txt, some of them or others changed."""
+    picture = picture_bytes(Image.new("RGB", (64, 64)))
+    files = {"w/0.png": picture, "l/0.png": picture, "0.txt": b"fox"} | changes
+    for name, content in files.items():
+        (path / "data" / name).parent.mkdir(parents=True, exist_ok=True)
+        if content is not None:
+            (path / "data" / name).write_bytes(content)
+    return [f"--dataset_name={path / 'data'}"]
+
+
+def model(path: Path, leave_out: str = "", **changes) -> list[str]:
+    """--pretrained_model_name_or_path of the demo's model without a file or folder, some JSON files changed."""
+    shutil.copytree(MODEL, path / "model")
+    if leave_out:
+        gone = path / "model" / leave_out
+        shutil.rmtree(gone) if gone.is_dir() else gone.unlink()
+    for name, values in changes.items():
+        target = path / "model" / name
+        target.write_text(json.dumps(json.loads(target.read_text()) | values) if values is not None else "{")
+    return [f"--pretrained_model_name_or_path={path / 'model'}", f"--dataset_name={PAIRS}"]
+
+
+SCHEDULER, UNET, INDEX = "scheduler/scheduler_config.json", "unet/config.json", "model_index.json"
+
+# name -> (path -> flags, what the line must hold)
+BAD = {
+    "JSONL: broken line": (lambda p: jsonl(p, lines(ROW, "{broken")), "pairs.jsonl: JSON parse error"),
+    "JSONL: empty": (lambda p: jsonl(p, ""), "--dataset_name"),
+    "JSONL: not UTF-8": (lambda p: jsonl(p, lines(ROW).encode() + b"\xff\xfe\n"), "pairs.jsonl: "),
+    "JSONL: lists": (lambda p: jsonl(p, lines([1, 2], [3])), "pairs.jsonl: "),
+    "JSONL: no such picture": (
+        lambda p: jsonl(p, lines(ROW | {"chosen": "none.png"})),
+        "row 0: chosen is no readable",
+    ),
+    "JSONL: picture is null": (lambda p: jsonl(p, lines(ROW, ROW | {"rejected": None})), "row 1: rejected is no read"),
+    "JSONL: picture is a number": (lambda p: jsonl(p, lines(ROW | {"chosen": 3})), "row 0: chosen is no readable"),
+    "JSONL: picture is a folder": (lambda p: jsonl(p, lines(ROW | {"chosen": "."})), "row 0: chosen is no readable"),
+    "JSONL: picture is left out": (
+        lambda p: jsonl(p, lines(ROW, {"prompt": "x", "chosen": "a.png"})),
+        "row 1: rejected is no readable",
+    ),
+    "JSONL: picture of zero bytes": (lambda p: jsonl(p, lines(ROW | {"chosen": "empty.png"})), "row 0: chosen is no"),
+    "JSONL: truncated picture": (lambda p: jsonl(p, lines(ROW | {"chosen": "short.png"})), "row 0: chosen is no"),
+    "JSONL: all unreadable": (
+        lambda p: [*jsonl(p, lines(ROW | {"chosen": "empty.png"})), "--skip_unreadable"],
+        "none of its pictures can be read",
+    ),
+    "JSONL: caption is a list": (lambda p: jsonl(p, lines(ROW | {"prompt": ["fox"]})), "row 0: prompt is ['fox']"),
+    "JSONL: captions of two kinds": (lambda p: jsonl(p, lines(ROW, ROW | {"prompt": {"a": 1}})), "row 1: prompt is {"),
+    "JSONL: no column fits": (lambda p: jsonl(p, lines({"a": 1})), "its columns (a) are those of no known data set"),
+    "parquet: not one": (lambda p: ["--dataset_name=" + file(p, "x.parquet", b"none")], "x.parquet: Parquet magic"),
+    "parquet: zero bytes": (lambda p: ["--dataset_name=" + file(p, "x.parquet", b"")], "x.parquet: Parquet file size"),
+    "tar: not one": (lambda p: ["--dataset_name=" + file(p, "x.tar", b"none")], "x.tar: "),
+    "CSV: ragged": (lambda p: ["--dataset_name=" + file(p, "x.csv", b"a,b\n1\n1,2,3\n")], "x.csv: "),
+    "an empty folder": (lambda p: [f"--dataset_name={p}"], "doesn't contain any data files"),
+    "a hub id, offline": (lambda p: ["--dataset_name=nobody/nothing"], "nobody/nothing: Couldn't reach"),
+    "no such split": (lambda p: [f"--dataset_name={PAIRS}", "--dataset_split_name=trian"], 'Unknown split "trian"'),
+    "one of two splits": (
+        lambda p: [f"--dataset_name={PAIRS}", "--dataset_split_name=train+no"],
+        'Unknown split "no"',
+    ),
+    "no such configuration": (lambda p: [f"--dataset_name={PAIRS}", "--dataset_config_name=zig"], "'zig' not found"),
+    "labels are words": (
+        lambda p: parquet(p, label_0=["yes"] * 8),
+        "column label_0: could not convert string to float",
+    ),
+    "labels are lists": (lambda p: parquet(p, label_0=[[1.0]] * 8), "column label_0: "),
+    "labels are missing": (lambda p: parquet(p, label_0=[None] * 8, label_1=None), "no row can be used"),
+    "a lone label is a count": (
+        lambda p: parquet(p, label_0=[7] * 8),
+        "--label_0_column label_0: 7; alone it's a share",
+    ),
+    "has_label is a word": (lambda p: parquet(p, has_label=["no"] * 8), "column has_label: could not convert"),
+    "captions are numbers": (lambda p: parquet(p, caption=list(range(8))), "row 0: caption is 0; a caption must be"),
+    "no such caption column": (
+        lambda p: [*parquet(p), "--caption_column=text"],
+        "no column text among caption, jpg_0",
+    ),
+    "no such picture column": (
+        lambda p: [*parquet(p), "--chosen_column=a", "--rejected_column=jpg_1"],
+        "no column a among caption, jpg_0",
+    ),
+    "one column twice": (
+        lambda p: [*parquet(p), "--chosen_column=jpg_0", "--rejected_column=jpg_0"],
+        "column jpg_0 is named as both pictures",
+    ),
+    "a stream of ties": (lambda p: [*parquet(p, label_0=[0.5] * 8), "--streaming"], "no row can be used"),
+    "a stream of noise": (lambda p: ["--dataset_name=" + file(p, "x.parquet", b"no"), "--streaming"], "x.parquet: "),
+    "folders: empty": (lambda p: folders(p, **{"w/0.png": None, "l/0.png": None}), "data: no picture in "),
+    "folders: caption not UTF-8": (
+        lambda p: folders(p, **{"0.txt": b"\xff\xfe"}),
+        "0.txt: 'utf-8' codec can't decode",
+    ),
+    "folders: two of one name": (lambda p: folders(p, **{"w/0.jpg": b"x"}), "have one name"),
+    "folders: no caption": (lambda p: folders(p, **{"0.txt": None}), "no 0.txt to go with the others"),
+    "folders: no picture": (lambda p: folders(p, **{"1.txt": b"fox"}), "no w/1 to go with the others"),
+    "folders: a thumbnail file": (lambda p: folders(p, **{"w/Thumbs.db": b"x"}), "no l/Thumbs to go with the others"),
+    "model: no such": (lambda p: ["--pretrained_model_name_or_path=/none", f"--dataset_name={PAIRS}"], "/none: "),
+    "model: empty folder": (
+        lambda p: [f"--pretrained_model_name_or_path={p}", f"--dataset_name={PAIRS}"],
+        "no file n",
+    ),
+    "model: no UNet": (lambda p: model(p, "unet"), "model: Error no file named config.json"),
+    "model: no weights": (
+        lambda p: model(p, "unet/diffusion_pytorch_model.safetensors"),
+        "no weights *.safetensors in ",
+    ),
+    "model: no such variant": (lambda p: [*model(p), "--variant=fp16"], "no weights *.fp16.safetensors in "),
+    "model: broken index": (lambda p: model(p, **{INDEX: None}), "is not a valid JSON file"),
+    "model: predicts the picture": (
+        lambda p: model(p, **{SCHEDULER: {"prediction_type": "sample"}}),
+        "type sample; n",
+    ),
+    "model: for inpainting": (lambda p: model(p, **{UNET: {"in_channels": 9}}), "its UNet takes 9 channels"),
+    "model: a refiner": (lambda p: model(p, **{INDEX: {"text_encoder": [None, None]}}), "name an SDXL base model"),
+    "VAE: no such": (
+        lambda p: [*model(p), "--pretrained_vae_model_name_or_path=/none"],
+        "--pretrained_vae_model_name_or_path /none: ",
+    ),
+    "VAE: a whole pipeline": (
+        lambda p: [*model(p), f"--pretrained_vae_model_name_or_path={MODEL}"],
+        "--pretrained_vae_model_name_or_path",
+    ),
+    "LoRA: no such layer": (lambda p: ["--use_lora", "--lora_layers=zig"], "--lora_layers zig: "),
+    "LoRA: no layer": (lambda p: ["--use_lora", "--lora_layers=,"], "--lora_layers ,: "),
+    "LoRA: alpha alone": (lambda p: ["--lora_alpha=3"], "--lora_alpha needs --use_lora too"),
+    "prompts: not UTF-8": (lambda p: ["--validation_prompts=" + file(p, "p.txt", b"\xff\xfe")], "save it as UTF-8"),
+    "prompts: no line": (lambda p: ["--validation_prompts=" + file(p, "p.txt", b"\n\n")], "the file has no line"),
+    "output: can't be made": (lambda p: ["--output_dir=/proc/none"], "--output_dir /proc/none: No such file"),
+    "output: under a file": (lambda p: [f"--output_dir={file(p, 'f', b'')}/out"], "/f/out: Not a directory; name a"),
+    "cache: under a file": (lambda p: [f"--cache_dir={file(p, 'f', b'')}/c"], "/f/c: Not a directory; name a folder"),
+    "output: empty": (lambda p: ["--output_dir="], "--output_dir: is empty"),
+    "beta of AdamW is 1": (lambda p: ["--adam_beta2=1"], "--adam_beta2 1.0: must be at least 0 and below 1"),
+    "all of a LoRA is dropped": (lambda p: ["--use_lora", "--lora_dropout=1"], "--lora_dropout 1.0: must be at least"),
+    "negative decay": (lambda p: ["--adam_weight_decay=-1"], "--adam_weight_decay -1.0: must be at least 0"),
+    "guidance isn't a number": (
+        lambda p: ["--validation_guidance_scale=nan"],
+        "--validation_guidance_scale nan: must",
+    ),
+    "seed beyond numpy's": (lambda p: [f"--seed={2**32}"], f"--seed {2**32}: must be below 2**32"),
+    "warmup beyond the end": (
+        lambda p: [*model(p), "--lr_warmup_steps=9", "--max_train_steps=3"],
+        "--lr_warmup_steps 9: more than --max_train_steps 3",
+    ),
+    "fp16 without a GPU": (lambda p: ["--mixed_precision=fp16"], "--mixed_precision fp16: needs a GPU"),
+    "xformers without a GPU": (lambda p: ["--enable_xformers_memory_efficient_attention"], "attention: needs a GPU"),
+    "resume: no such": (lambda p: [f"--resume_from_checkpoint={p}/none"], "/none: no whole checkpoint; try `latest`"),
+    "hub: a name of three parts": (lambda p: ["--push_to_hub", "--hub_model_id=a/b/c"], "--push_to_hub: a/b/c can't"),
+}
+
+
+@pytest.mark.parametrize("fault", BAD)
+def test_bad_input_ends_in_one_line_before_a_model_is_loaded(fault, hub_cache, tmp_path, monkeypatch, capfd):
+    from accelerate.state import AcceleratorState
+
+    import train_diffusion_mapo_sdxl as script
+
+    for name in ("load_frozen_models", "load_unet"):
+        monkeypatch.setattr(script, name, lambda *_: pytest.fail("a model was loaded"))
+    AcceleratorState._reset_state(reset_partial_state=True)
+    monkeypatch.chdir(tmp_path)
+    make, expected = BAD[fault]
+    flags = make(tmp_path)
+    if any(flag.startswith("--dataset_name=") for flag in flags) and not flags[0].startswith("--pretrained"):
+        flags = [f"--pretrained_model_name_or_path={MODEL}", *flags]
+    with pytest.raises(SystemExit) as stop:
+        script.main(script.parse_args(["--resolution=64", f"--cache_dir={hub_cache}", *flags]))
+    said = capfd.readouterr()
+    if stop.value.code == 2:  # of argparse
+        (line,) = [line for line in said.err.splitlines() if "error: " in line]
+    else:
+        line = stop.value.code
+        assert "Traceback" not in said.err and line.startswith("train_diffusion_mapo_sdxl.py: error: --")
+    assert expected in line and "\n" not in line
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Other settings than the checkpoint's
+# ---------------------------------------------------------------------------------------------------------------------
+
+OTHER = [
+    ("--seed=1", "--seed 1: checkpoint-12 was trained with 0"),
+    ("--beta_mapo=9", "--beta_mapo 9.0: checkpoint-12 was trained with 8.0"),
+    (
+        "--train_batch_size=2",
+        "--train_batch_size 2 x --gradient_accumulation_steps 2 x 1 processes is 4: checkpoint-12",
+    ),
+    ("--use_lora", "--use_lora True: checkpoint-12 was trained with False"),
+    ("--learning_rate=1", "--learning_rate 1.0: checkpoint-12 was trained with 0.001"),
+    ("--optimizer=adafactor", "--optimizer adafactor: checkpoint-12 was trained with adamw"),
+    ("--max_train_samples=4", "--max_train_samples 4: checkpoint-12 was trained with None"),
+    ("--max_train_steps=8", "--max_train_steps 8: checkpoint-12 is beyond it"),
+    ("--dataset_name", "its pairs aren't those that checkpoint-12 was trained on"),
+]
+
+
+@pytest.mark.parametrize("flag,expected", OTHER)
+def test_a_run_does_not_go_on_with_other_settings_or_pairs(
+    flag, expected, short_run, unbroken, tmp_path, monkeypatch, hub_cache
+):
+    from accelerate.state import AcceleratorState
+
+    import train_diffusion_mapo_sdxl as script
+
+    monkeypatch.setattr(script, "load_frozen_models", lambda *_: pytest.fail("a model was loaded"))
+    AcceleratorState._reset_state(reset_partial_state=True)
+    if flag == "--dataset_name":
+        flag = f"--dataset_name={write_pairs(tmp_path / 'p.parquet', label_0=[0.0] * 8)}"
+    flags = [*short_run, flag, f"--output_dir={unbroken}", f"--cache_dir={hub_cache}"]
+    with pytest.raises(SystemExit) as stop:
+        script.main(script.parse_args(flags))
+    assert expected in stop.value.code and "\n" not in stop.value.code
+
+
+def test_a_run_goes_on_to_more_steps_with_data_that_moved_and_the_batch_split_otherwise(
+    start, short_run, unbroken, tmp_path
+):
+    out = tmp_path / "out"
+    shutil.copytree(unbroken, out)
+    moved = write_pairs(tmp_path / "moved.parquet")
+    more = [
+        f"--dataset_name={moved}",
+        "--max_train_steps=13",
+        "--train_batch_size=2",
+        "--gradient_accumulation_steps=1",
+    ]
+    run = start(*short_run, *more, f"--output_dir={out}", f"--cache_dir={unbroken.parent / 'cache'}")
+    assert run.wait() == 0, run.said()
+    assert "checkpoint-12." in run.said()
+    assert [json.loads(line)["step"] for line in (out / "metrics.jsonl").open()] == list(range(1, 14))
+    assert not same_weights(out, unbroken)
