@@ -1664,7 +1664,9 @@ def prepare_sharding(args: argparse.Namespace, accelerator: Accelerator) -> None
     """Tells FSDP2 and DeepSpeed what accelerate's config doesn't."""
     launched = int(os.environ.get("WORLD_SIZE", 1))
     if launched != accelerator.num_processes:  # each would train alone, into the same folder
-        fail(f"{launched} processes were launched but don't find one another; without a GPU: accelerate launch --cpu")
+        fail(
+            f"{launched} processes were launched but don't find one another; without GPUs set ACCELERATE_USE_CPU=true"
+        )
     if accelerator.distributed_type == "DEEPSPEED":
         config = accelerator.state.deepspeed_plugin.deepspeed_config
         config["train_micro_batch_size_per_gpu"] = args.train_batch_size

@@ -11,16 +11,11 @@ import time
 from pathlib import Path
 
 import numpy as np
-import pyarrow as pa
-import pyarrow.parquet as pq
 import pytest
 import torch
 from conftest import REPO, picture_bytes, read_weights
 from PIL import Image
-
-
-DEMO = REPO / "demo"
-MODEL, PAIRS = DEMO / "sdxl-tiny-twemoji", DEMO / "pairs"
+from small_model import MODEL, PAIRS, write_model, write_pairs
 
 
 class Run:
@@ -57,16 +52,7 @@ def start(server, tmp_path):
 
 @pytest.fixture(scope="module")
 def small_model(tmp_path_factory) -> Path:
-    """The demo's model with a UNet of 0.2 M random weights, so that a run takes seconds."""
-    from diffusers import UNet2DConditionModel
-
-    folder = tmp_path_factory.mktemp("model") / "model"
-    shutil.copytree(MODEL, folder)
-    config = json.loads((folder / "unet" / "config.json").read_text())
-    config |= {"block_out_channels": [8, 8, 16], "norm_num_groups": 4, "attention_head_dim": [1, 1, 2]}
-    torch.manual_seed(0)
-    UNet2DConditionModel.from_config(config).save_pretrained(folder / "unet")
-    return folder
+    return write_model(tmp_path_factory.mktemp("model") / "model")
 
 
 @pytest.fixture(scope="module")
@@ -78,13 +64,6 @@ def short_run(small_model, tmp_path_factory) -> list[str]:
     flags += "--checkpoints_total_limit=2 --random_flip --proportion_empty_prompts=0.3 --learning_rate=1e-3 "
     flags += "--validation_inference_steps=1 --validation_prompts=rocket --resume_from_checkpoint=latest"
     return flags.split()
-
-
-def write_pairs(path: Path, **changes) -> Path:
-    """The first 8 of the demo's pairs as one parquet file, with some columns changed or (None) dropped."""
-    columns = pq.read_table(PAIRS / "train.parquet").slice(0, 8).to_pydict() | changes
-    pq.write_table(pa.table({name: values for name, values in columns.items() if values is not None}), path)
-    return path
 
 
 def same_weights(a: Path, b: Path) -> bool:
