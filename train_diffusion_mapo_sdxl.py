@@ -438,7 +438,7 @@ def check_model(args: argparse.Namespace) -> None:
     if prediction not in ("epsilon", "v_prediction"):
         fail(f"{flag}: prediction type {prediction}; needs epsilon or v_prediction")
     ending = f"*.{args.variant}" if args.variant else "*"
-    if folder.is_dir() and not any(folder.glob(f"{ending}.{kind}") for kind in ("safetensors", "bin")):
+    if folder.is_dir() and not [*folder.glob(f"{ending}.safetensors"), *folder.glob(f"{ending}.bin")]:
         fail(f"{flag}: no weights {ending}.safetensors in {folder}; see --variant")
     if args.use_lora:
         with torch.device("meta"):

@@ -1,4 +1,4 @@
-"""gloo_as_gpu.py SCRIPT FLAGS: runs SCRIPT as on GPUs, but on CPUs. accelerate shards a model (FSDP, DeepSpeed) where it
+"""gloo_as_gpu.py SCRIPT FLAGS: runs SCRIPT on CPUs as on GPUs. accelerate shards a model (FSDP, DeepSpeed) where it
 finds GPUs only; told that gloo's processes are such, its own code and torch's do the rest on a CPU."""
 
 import runpy

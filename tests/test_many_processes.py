@@ -28,7 +28,7 @@ FSDP2 += ["--num_processes=2", "--mixed_precision=no", "--main_process_port=0", 
 
 @pytest.fixture(scope="module")
 def base(tmp_path_factory) -> list[str]:
-    """Flags of a run of 4 steps with 4 pairs each. The large epsilon has updates follow the gradient where it is tiny."""
+    """Flags of a run of 4 steps with 4 pairs each. With a large epsilon, updates follow tiny gradients."""
     folder = tmp_path_factory.mktemp("base")
     model, pairs = write_model(folder / "model"), write_pairs(folder / "p.parquet")
     flags = f"--pretrained_model_name_or_path={model} --dataset_name={pairs} --resolution=32 --max_train_steps=4 "

@@ -296,7 +296,10 @@ BAD = {
     "JSONL: caption is a list": (lambda p: jsonl(p, lines(ROW | {"prompt": ["fox"]})), "row 0: prompt is ['fox']"),
     "JSONL: captions of two kinds": (lambda p: jsonl(p, lines(ROW, ROW | {"prompt": {"a": 1}})), "row 1: prompt is {"),
     "JSONL: no column fits": (lambda p: jsonl(p, lines({"a": 1})), "its columns (a) are those of no known data set"),
-    "parquet: not one": (lambda p: ["--dataset_name=" + file(p, "x.parquet", b"none")], "x.parquet: Parquet magic"),
+    "parquet: not one": (
+        lambda p: ["--dataset_name=" + file(p, "x.parquet", b"none" * 9)],
+        "x.parquet: Parquet magic",
+    ),
     "parquet: zero bytes": (lambda p: ["--dataset_name=" + file(p, "x.parquet", b"")], "x.parquet: Parquet file size"),
     "tar: not one": (lambda p: ["--dataset_name=" + file(p, "x.tar", b"none")], "x.tar: "),
     "CSV: ragged": (lambda p: ["--dataset_name=" + file(p, "x.csv", b"a,b\n1\n1,2,3\n")], "x.csv: "),
