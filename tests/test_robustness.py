@@ -174,7 +174,7 @@ def folder_size(folder: Path) -> int:
 def test_a_cache_that_is_full_ends_the_run_before_anything_is_encoded(
     start, short_run, unbroken, tmp_path, small_disk
 ):
-    disk, limit = small_disk(200_000, 10_000)
+    disk, limit = small_disk(100_000, 10_000)
     flags = [*short_run, f"--output_dir={tmp_path / 'out'}", f"--cache_dir={disk}"]
     run = start(*flags, file_limit=limit)
     assert run.wait() == 1
