@@ -466,7 +466,8 @@ def load_frozen_models(args: argparse.Namespace, device: torch.device, weight_dt
         fail(f"--pretrained_model_name_or_path {args.pretrained_model_name_or_path}: {first_line(error)}")
     pipeline.set_progress_bar_config(disable=True)
     pipeline.to(device)
-    pipeline.vae.to(torch.float32)  # SDXL's own VAE overflows in fp16
+    # In fp32, as SDXL's own VAE overflows in fp16; channels last, as convolutions of few channels are faster so.
+    pipeline.vae.to(torch.float32, memory_format=torch.channels_last)
     for model in (pipeline.vae, pipeline.text_encoder, pipeline.text_encoder_2):
         model.requires_grad_(False).eval()
     return pipeline
@@ -805,7 +806,7 @@ def hash_of(*parts) -> str:
     for part in parts:
         if isinstance(part, torch.nn.Module):
             for tensor in part.state_dict().values():
-                digest.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy())
+                digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
         else:
             digest.update(part if isinstance(part, bytes) else repr(part).encode())
         digest.update(b"\0")
@@ -1382,6 +1383,22 @@ def draw_pictures(unet, ema, pipeline, embeddings: dict, args, accelerator: Acce
     return [picture for _, picture in sorted(dict(gather_object(pictures)).items())]
 
 
+def draw_base_pictures(unet, pipeline, embeddings: dict, args, accelerator: Accelerator) -> list[Image.Image]:
+    """The pictures before training, by a UNet that is loaded anew: they are drawn when they are first shown, so that
+    training needn't wait for them. No gradients are held by then, so the second UNet is no new peak of memory."""
+    from diffusers import UNet2DConditionModel
+
+    base = UNet2DConditionModel.from_pretrained(
+        args.pretrained_model_name_or_path,
+        subfolder="unet",
+        revision=args.revision,
+        variant=args.variant,
+        cache_dir=args.cache_dir,
+        dtype=next(unwrap(unet, accelerator).parameters()).dtype,
+    )
+    return draw_pictures(base.to(accelerator.device), None, pipeline, embeddings, args, accelerator)
+
+
 def draw_grid(prompts: list[str], before: list[Image.Image], after: list[Image.Image]) -> Image.Image:
     """Each prompt with its two pictures under it, base on the left, tuned on the right; at most 12 prompts."""
     import textwrap
@@ -1800,13 +1817,11 @@ def main(args: argparse.Namespace) -> None:
 
     unet, noise_scheduler = load_unet(args, accelerator)
     unet.to(device)
-    before = draw_pictures(unet, None, pipeline, prompt_embeddings, args, accelerator)
-
     unet, optimizer, lr_scheduler, ema, first_step = prepare_training(unet, checkpoint, args, accelerator)
     if args.report_to != "none":
         accelerator.init_trackers("mapo", config={k: str(v) for k, v in public_settings(args).items()})
 
-    log, signals, step = MetricsLog(first_step, args, accelerator), watch_signals(), first_step
+    log, signals, step, before = MetricsLog(first_step, args, accelerator), watch_signals(), first_step, None
     batches = list_batches(first_step, args, accelerator)
     logger.info(f"First step after {time.perf_counter() - started:.1f} s.")
     for batch in make_batches(dataset, batches, pipeline, args, accelerator):
@@ -1843,12 +1858,14 @@ def main(args: argparse.Namespace) -> None:
             logger.info(f"\n{' '.join(signals)}: {saved} is written; go on with --resume_from_checkpoint latest")
             return accelerator.end_training()
         if args.validation_steps and step % args.validation_steps == 0 and step < args.max_train_steps:
+            before = before or draw_base_pictures(unet, pipeline, prompt_embeddings, args, accelerator)
             now = draw_pictures(unet, ema, pipeline, prompt_embeddings, args, accelerator)
             save_validation(step, prompts, before, now, args, accelerator)
     log.bar.close()
 
-    after = draw_pictures(unet, ema, pipeline, prompt_embeddings, args, accelerator)
     save_weights(unet, ema, args, accelerator)
+    after = draw_pictures(unet, ema, pipeline, prompt_embeddings, args, accelerator)
+    before = before or draw_base_pictures(unet, pipeline, prompt_embeddings, args, accelerator)
     save_validation(args.max_train_steps, prompts, before, after, args, accelerator)
     if accelerator.is_main_process:
         log.plot()
