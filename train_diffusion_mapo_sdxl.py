@@ -1384,10 +1384,16 @@ def draw_pictures(unet, ema, pipeline, embeddings: dict, args, accelerator: Acce
 
 
 def draw_base_pictures(unet, pipeline, embeddings: dict, args, accelerator: Accelerator) -> list[Image.Image]:
-    """The pictures before training, by a UNet that is loaded anew: they are drawn when they are first shown, so that
-    training needn't wait for them. No gradients are held by then, so the second UNet is no new peak of memory."""
+    """The pictures before training, drawn when they are first shown, so that training needn't wait for them: with the
+    LoRA switched off, or by a UNet that is loaded anew. No gradients are held by then: memory has no new peak."""
     from diffusers import UNet2DConditionModel
 
+    if args.use_lora:
+        model = unwrap(unet, accelerator)
+        model.disable_adapters()
+        pictures = draw_pictures(unet, None, pipeline, embeddings, args, accelerator)
+        model.enable_adapters()
+        return pictures
     base = UNet2DConditionModel.from_pretrained(
         args.pretrained_model_name_or_path,
         subfolder="unet",

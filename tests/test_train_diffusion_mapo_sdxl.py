@@ -3,6 +3,7 @@
 import argparse
 import ast
 import io
+import itertools
 import json
 import os
 import re
@@ -592,6 +593,16 @@ def test_accumulation_equals_the_big_batch(train):
     small = read_weights(train(*SMOOTH, "--train_batch_size=2", "--gradient_accumulation_steps=2", output_dir="small"))
     base = {name: weight.float() for name, weight in read_weights(DEMO / "sdxl-tiny-twemoji").items()}
     assert largest_difference(big, small) < 1e-5 < 1e-3 < largest_difference(big, base)
+
+
+def test_the_pictures_before_are_the_base_models(train):
+    """However it was tuned: by a UNet that is loaded anew, or with the LoRA off, at the end and on the way."""
+    full = train("--learning_rate=1e-4", "--validation_steps=2", output_dir="full")
+    lora = train("--use_lora", "--learning_rate=1e-2", "--validation_steps=2", output_dir="lora")
+    grids = [out / name for out in (full, lora) for name in ("validation/2.png", "before_after.png")]
+    before, after = ([np.array(Image.open(g).crop((x, 42, x + 128, 170))) for g in grids] for x in (8, 140))
+    assert all((picture == before[0]).all() for picture in before)
+    assert all((a != b).any() for a, b in itertools.combinations([before[0], *after], 2))
 
 
 def test_two_processes_equal_one(train, launch, tmp_path, monkeypatch):
