@@ -382,6 +382,8 @@ def read_prompts(parser: argparse.ArgumentParser, prompts: list[str] | None) -> 
 
 def fail(message: str) -> None:
     """Ends every process with one line; exit code 1."""
+    for bar in list(tqdm._instances):  # else the line would stand behind a bar, or before it
+        bar.close()
     sys.exit(f"{Path(__file__).name}: error: {message}")
 
 
