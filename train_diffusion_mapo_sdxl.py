@@ -1742,8 +1742,12 @@ def prepare_data(args: argparse.Namespace, accelerator: Accelerator, checkpoint:
         return dataset, pipeline, prompts, prompt_embeddings
     distinct = sorted({*pairs.captions, ""})
     embeddings = encode_captions(distinct, pipeline, args, accelerator)
-    pictures = encode_pictures(pairs, pipeline.vae, args, accelerator) if args.cache_latents else None
-    pipeline.text_encoder = pipeline.text_encoder_2 = None  # out of memory while training
+    # None of these is in the device's memory while training.
+    pictures = None
+    if args.cache_latents:
+        pictures = encode_pictures(pairs, pipeline.vae, args, accelerator)
+        pipeline.vae.to("cpu")
+    pipeline.text_encoder = pipeline.text_encoder_2 = None
     dataset = PairsByPosition(pairs, {c: i for i, c in enumerate(distinct)}, embeddings, pictures, args)
     return dataset, pipeline, prompts, prompt_embeddings
 
