@@ -297,8 +297,6 @@ def check_choices(parser: argparse.ArgumentParser, args: argparse.Namespace) -> 
         if given and other:
             parser.error(f"{name} and {other_name} exclude each other")
     check_packages(parser, args)
-    if args.token is not None:
-        check_token_names(parser, args)
     for name in ("instance_data_dir", "rejected_data_dir"):
         path = getattr(args, name)
         if path is not None and not Path(path).exists():
@@ -314,20 +312,6 @@ def check_choices(parser: argparse.ArgumentParser, args: argparse.Namespace) -> 
             f"--output_dir {args.output_dir} holds {checkpoints[-1].name} of an earlier run: continue it with "
             "--resume_from_checkpoint latest, or name another folder"
         )
-
-
-def check_token_names(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
-    """Ends the run with one line where tokens can't be told from each other or from their initializers."""
-    tokens, words = args.token, args.initializer_token
-    if len(tokens) != len(words):
-        parser.error(f"--initializer_token: {len(words)} for {len(tokens)} of --token; each token needs one")
-    for name, values in (("token", tokens), ("initializer_token", words)):
-        for value in values:
-            if not value.strip() or re.search(r"\s", value):
-                parser.error(f"--{name} {value!r}: must be one word")
-    for token in tokens:
-        if [other for other in tokens if token in other] != [token]:
-            parser.error(f"--token {token}: stands twice, or is part of another; name them apart")
 
 
 def uses_rejected(args: argparse.Namespace) -> bool:
@@ -430,17 +414,22 @@ class PersonalizedModel(torch.nn.Module):
     Attributes:
         pipeline: shares the text encoders; it makes the embeddings here as it does at inference.
         fingerprint: hash of the weights that losers depend on, before anything was added to them.
+        adapted: the parts that have a LoRA, by their names in the pipeline.
+        tokens: the new rows of both text encoders, or nothing.
     """
 
     def __init__(self, unet, pipeline, args: argparse.Namespace) -> None:
         super().__init__()
         self.unet, self.text_encoder, self.text_encoder_2 = unet, pipeline.text_encoder, pipeline.text_encoder_2
         self.pipeline = pipeline
-        self.fingerprint = hash_of(unet, self.text_encoder, self.text_encoder_2)
+        drawn = uses_rejected(args) and args.rejected_data_dir is None
+        self.fingerprint = hash_of(unet, self.text_encoder, self.text_encoder_2) if drawn else None
         add_lora(unet, args)
+        self.adapted = {"unet": unet}
         if args.train_text_encoder:
             add_text_lora(self.text_encoder, args, skip_last=True)
             add_text_lora(self.text_encoder_2, args)
+            self.adapted |= {"text_encoder": self.text_encoder, "text_encoder_2": self.text_encoder_2}
         self.tokens = add_tokens(pipeline, args.token, args.initializer_token) if args.token is not None else []
 
     def forward(self, noisy_latents, timesteps, captions: list[str], time_ids, adapters: bool = True) -> torch.Tensor:
@@ -458,12 +447,13 @@ class PersonalizedModel(torch.nn.Module):
     @contextlib.contextmanager
     def without_adapters(self):
         """The starting model, as long as no caption has a new token."""
-        adapted = [m for m in (self.unet, self.text_encoder, self.text_encoder_2) if hasattr(m, "peft_config")]
-        for module in adapted:
+        for module in self.adapted.values():
             module.disable_adapters()
-        yield
-        for module in adapted:
-            module.enable_adapters()
+        try:
+            yield
+        finally:
+            for module in self.adapted.values():
+                module.enable_adapters()
 
     @torch.no_grad()
     def restore_norms(self) -> None:
@@ -599,6 +589,7 @@ def load_photos(args: argparse.Namespace) -> list[Photo]:
     """The photos of --instance_data_dir with their captions; `args.token` may come from DCO's JSON."""
     path = Path(args.instance_data_dir)
     listed = list_config(path, args) if path.is_file() else list_folder(path, args)
+    check_token_names(args)
     if not listed:
         fail(f"--instance_data_dir {path}: no photo in it ({', '.join(sorted(SUFFIXES))})")
     photos = []
@@ -609,8 +600,9 @@ def load_photos(args: argparse.Namespace) -> list[Photo]:
             fail(f"--instance_data_dir: {file} is no readable picture ({first_line(error)}); mend it or take it out")
         if base_caption is None:
             caption, base_caption = with_and_without_token(caption, args)
-            if args.token is not None and caption == base_caption:
-                fail(f"--instance_data_dir: the caption of {file}, {caption!r}, has neither {listing(args)}")
+        if args.token is not None and not any(token in caption for token in args.token):
+            wanted = [*args.token, *args.initializer_token]
+            fail(f"--instance_data_dir: the caption of {file}, {caption!r}, has none of {', '.join(wanted)}")
         photos.append(Photo(file.stem, picture, caption, base_caption))
     names = [photo.name for photo in photos]
     if twice := [name for name in names if names.count(name) > 1]:
@@ -618,6 +610,20 @@ def load_photos(args: argparse.Namespace) -> list[Photo]:
     if args.rejected_data_dir is not None:
         find_rejected(photos, args)
     return photos
+
+
+def check_token_names(args: argparse.Namespace) -> None:
+    """Ends the run where tokens can't be told from each other, or don't have an initializer each."""
+    tokens, words = args.token or [], args.initializer_token or []
+    if len(tokens) != len(words):
+        fail(f"--initializer_token: {len(words)} for {len(tokens)} of --token; each token needs one")
+    for name, values in (("token", tokens), ("initializer_token", words)):
+        for value in values:
+            if not value or re.search(r"\s", value):
+                fail(f"--{name} {value!r}: must be one word")
+    for token in tokens:
+        if [other for other in tokens if token in other] != [token]:
+            fail(f"--token {token}: stands twice, or is part of another; name them apart")
 
 
 SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff"}
@@ -658,16 +664,14 @@ def list_config(path: Path, args: argparse.Namespace) -> list[tuple]:
             config = config[args.config_name]
         elif "images" not in config and len(config) == 1:
             (config,) = config.values()
-        images, prompts = config["images"], config["prompts"]
+        images, prompts = list(map(str, config["images"])), list(map(str, config["prompts"]))
     except (OSError, ValueError, TypeError, KeyError) as error:
         fail(f"{where}: no JSON with the lists images and prompts ({first_line(error)}); see --config_name")
     bases = config.get("base_prompts") or [None] * len(images)
     if not len(images) == len(prompts) == len(bases):
         fail(f"{where}: {len(images)} images, {len(prompts)} prompts, {len(bases)} base_prompts; must be as many")
     if args.token is None and config.get("inserting_tokens"):
-        args.token, args.initializer_token = config["inserting_tokens"], config.get("initializer_tokens", [])
-        if len(args.token) != len(args.initializer_token) or not all(args.initializer_token):
-            fail(f"{where}: each of inserting_tokens needs one of initializer_tokens")
+        args.token, args.initializer_token = config["inserting_tokens"], config.get("initializer_tokens")
     files = [Path(image) if Path(image).is_file() else path.parent / image for image in images]
     return list(zip(files, prompts, bases))
 
@@ -685,10 +689,6 @@ def with_and_without_token(caption: str, args: argparse.Namespace) -> tuple[str,
     tokens = {word.lower(): token for token, word in reversed(words.items())}
     pattern = "|".join(re.escape(word) for word in tokens)
     return re.sub(rf"\b({pattern})\b", lambda m: tokens[m[0].lower()], caption, flags=re.IGNORECASE), caption
-
-
-def listing(args: argparse.Namespace) -> str:
-    return " nor ".join(f"{token} nor its initializer {w}" for token, w in zip(args.token, args.initializer_token))
 
 
 def find_rejected(photos: list[Photo], args: argparse.Namespace) -> list[list[Path]]:
@@ -833,20 +833,25 @@ class PhotoSet:
         time_ids: SDXL's micro-conditioning of each photo, also for its rejected pictures. Shape: (N, 6)
     """
 
-    def __init__(self, photos: list[Photo], rejected: list[list[Image.Image]] | None, vae, args) -> None:
-        self.photos, self.vae, self.args = photos, vae, args
+    def __init__(self, photos: list[Photo], rejected: list[list[Image.Image]] | None, vae, args, device) -> None:
+        self.photos, self.vae, self.args, self.device = photos, vae, args, device
         prepared = [prepare_picture(photo.picture, args.resolution) for photo in photos]
-        self.latents = torch.cat([encode_pixels(pixels[None], vae).cpu() for pixels, _ in prepared])
+        self.latents = self.encode([pixels for pixels, _ in prepared])
         self.time_ids = torch.tensor([ids for _, ids in prepared], dtype=torch.float32)
         self.rejected = None
         if rejected is not None:
             self.set_rejected(rejected)
 
+    def encode(self, pixels: list[torch.Tensor]) -> torch.Tensor:
+        self.vae.to(self.device)
+        latents = torch.cat([encode_pixels(one[None], self.vae).cpu() for one in pixels])
+        self.vae.to("cpu")  # out of memory while training
+        return latents
+
     def set_rejected(self, pictures: list[list[Image.Image]]) -> None:
-        pixels = [[prepare_picture(p, self.args.resolution)[0] for p in row] for row in pictures]
-        self.rejected = torch.stack(
-            [torch.cat([encode_pixels(p[None], self.vae).cpu() for p in row]) for row in pixels]
-        )
+        """R pictures for each photo."""
+        pixels = [prepare_picture(picture, self.args.resolution)[0] for row in pictures for picture in row]
+        self.rejected = self.encode(pixels).unflatten(0, (len(pictures), -1))
 
     def state_dict(self) -> dict:
         return {"rejected": self.rejected}
@@ -1200,6 +1205,7 @@ def draw_pictures(model, prompts: list[str], seeds: list[int], args, accelerator
         decoded = torch.cat([pipeline.vae.decode(latent[None]).sample for latent in latents])
         pictures += list(zip(chunk, pipeline.image_processor.postprocess(decoded)))
     pipeline.unet = None
+    pipeline.vae.to("cpu")
     model.train()
     return [picture for _, picture in sorted(gather_object(pictures), key=lambda pair: pair[0])]
 
@@ -1366,14 +1372,11 @@ def save_weights(model, args: argparse.Namespace, accelerator: Accelerator) -> N
     if not accelerator.is_main_process:
         return
     model, output_dir = unwrap(model, accelerator), Path(args.output_dir)
-    adapted = {"unet": model.unet}
-    if args.train_text_encoder:
-        adapted |= {"text_encoder": model.text_encoder, "text_encoder_2": model.text_encoder_2}
-    layers = {name: get_peft_model_state_dict(module) for name, module in adapted.items()}
+    layers = {name: get_peft_model_state_dict(module) for name, module in model.adapted.items()}
     StableDiffusionXLPipeline.save_lora_weights(
         output_dir / "tmp-lora",
         **{f"{name}_lora_layers": convert_state_dict_to_diffusers(found) for name, found in layers.items()},
-        **_collate_lora_metadata(adapted),
+        **_collate_lora_metadata(model.adapted),
     )
     os.replace(
         output_dir / "tmp-lora" / "pytorch_lora_weights.safetensors", output_dir / "pytorch_lora_weights.safetensors"
@@ -1413,7 +1416,7 @@ pipeline = StableDiffusionXLPipeline.from_pretrained(
     "{args.pretrained_model_name_or_path}", dtype=torch.float16
 ).to("cuda")
 pipeline.load_lora_weights("{where}"){load_tokens if args.token else ""}
-picture = pipeline("{prompt}", height={args.resolution}, width={args.resolution}).images[0]"""
+picture = pipeline({prompt!r}, height={args.resolution}, width={args.resolution}).images[0]"""
     )
 
 
@@ -1545,14 +1548,10 @@ def prepare_data(model, photos: list[Photo], args: argparse.Namespace, accelerat
             find_rejected(photos, args) if args.rejected_data_dir else draw_rejected(photos, model, args, accelerator)
         )
         rejected = [[decode_picture(str(file)) for file in row] for row in files]
-    pipeline = model.pipeline
-    pipeline.vae.to(accelerator.device)
-    dataset = PhotoSet(photos, rejected, pipeline.vae, args)
+    dataset = PhotoSet(photos, rejected, model.pipeline.vae, args, accelerator.device)
     if args.train_batch_size is None:
         args.train_batch_size = -(-len(photos) // (accelerator.num_processes * args.gradient_accumulation_steps))
-    validation = Validation(photos, rejected, model, args, accelerator)
-    pipeline.vae.to("cpu")
-    return dataset, validation
+    return dataset, Validation(photos, rejected, model, args, accelerator)
 
 
 def prepare_training(model, dataset: PhotoSet, checkpoint: Path | None, args, accelerator: Accelerator) -> tuple:
