@@ -173,10 +173,10 @@ def parse_args(input_args: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--train_batch_size", type=int, help="Photos per process and pass. Default: the whole set.")
     parser.add_argument("--gradient_accumulation_steps", type=int, default=1)
     parser.add_argument("--max_train_steps", type=int, default=2000, help="Optimizer steps.")
+    parser.add_argument("--learning_rate", type=float, help="Of the UNet's LoRA. Default: 5e-5, for prodigy 1.")
     parser.add_argument(
-        "--learning_rate", type=float, default=5e-5, help="Of the UNet's LoRA; not scaled by anything."
+        "--text_encoder_lr", type=float, help="Of new tokens and text encoders' LoRA. Default: 5e-6, for prodigy 1."
     )
-    parser.add_argument("--text_encoder_lr", type=float, default=5e-6, help="Of new tokens and text encoders' LoRA.")
     schedules = ["linear", "cosine", "cosine_with_restarts", "polynomial", "constant", "constant_with_warmup"]
     parser.add_argument("--lr_scheduler", default="constant", choices=schedules)
     parser.add_argument("--lr_warmup_steps", type=int, default=0)
@@ -224,6 +224,9 @@ def parse_args(input_args: list[str] | None = None) -> argparse.Namespace:
         args = argparse.Namespace(**vars(parser.parse_args(input_args)), demo=True)
     if args.use_8bit_adam:
         args.optimizer = "adamw_8bit"
+    for name, rate in (("learning_rate", 5e-5), ("text_encoder_lr", 5e-6)):
+        if getattr(args, name) is None:
+            setattr(args, name, 1.0 if args.optimizer == "prodigy" else rate)
     check_numbers(parser, args)
     check_choices(parser, args)
     return args
@@ -550,23 +553,28 @@ def word_ids(word: str, tokenizer) -> list[int]:
     return tokenizer.convert_tokens_to_ids(tokenizer.tokenize(word))
 
 
-def check_tokens(args: argparse.Namespace) -> None:
+def check_tokens(photos: list, args: argparse.Namespace) -> None:
     """Ends the run where a new token exists or an initializer isn't one token; needs the tokenizers only."""
     from transformers import CLIPTokenizer
 
     name, hub = args.pretrained_model_name_or_path, {"revision": args.revision, "cache_dir": args.cache_dir}
-    for subfolder in ("tokenizer", "tokenizer_2") if args.token is not None else ():
+    for subfolder in ("tokenizer", "tokenizer_2"):
         try:
             tokenizer = CLIPTokenizer.from_pretrained(name, subfolder=subfolder, **hub)
         except (OSError, ValueError) as error:
             fail(f"--pretrained_model_name_or_path {name}: {first_line(error)}")
-        for token in args.token:
+        for token in args.token or ():
             if len(word_ids(token, tokenizer)) == 1:
                 fail(f"--token {token}: the {subfolder} has it already; choose a new one, such as <{token}-1>")
-        for word in args.initializer_token:
+        for word in args.initializer_token or ():
             pieces = tokenizer.tokenize(word)
             if len(pieces) != 1:
                 fail(f"--initializer_token {word}: is {len(pieces)} tokens, {' '.join(pieces)}; choose a simpler word")
+    for photo in photos:
+        length = len(tokenizer(photo.base_caption).input_ids)
+        if length > tokenizer.model_max_length:
+            logger.info(f"The caption of {photo.name} has {length} tokens; the end is cut off after the first "
+                        f"{tokenizer.model_max_length - 2}.")  # fmt: skip
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -594,10 +602,7 @@ def load_photos(args: argparse.Namespace) -> list[Photo]:
         fail(f"--instance_data_dir {path}: no photo in it ({', '.join(sorted(SUFFIXES))})")
     photos = []
     for file, caption, base_caption in listed:
-        try:
-            picture = decode_picture(str(file))
-        except Exception as error:  # PIL's decoders raise whatever they please
-            fail(f"--instance_data_dir: {file} is no readable picture ({first_line(error)}); mend it or take it out")
+        picture = read_picture(file, "instance_data_dir")
         if base_caption is None:
             caption, base_caption = with_and_without_token(caption, args)
         if args.token is not None and not any(token in caption for token in args.token):
@@ -608,8 +613,15 @@ def load_photos(args: argparse.Namespace) -> list[Photo]:
     if twice := [name for name in names if names.count(name) > 1]:
         fail(f"--instance_data_dir {path}: two photos are named {twice[0]}; rename one, as rejected ones go by name")
     if args.rejected_data_dir is not None:
-        find_rejected(photos, args)
+        read_rejected(find_rejected(photos, args))
     return photos
+
+
+def read_picture(file: Path, flag: str) -> Image.Image:
+    try:
+        return decode_picture(str(file))
+    except Exception as error:  # PIL's decoders raise whatever they please
+        fail(f"--{flag}: {file} is no readable picture ({first_line(error)}); mend it or take it out")
 
 
 def check_token_names(args: argparse.Namespace) -> None:
@@ -706,6 +718,10 @@ def find_rejected(photos: list[Photo], args: argparse.Namespace) -> list[list[Pa
     return found
 
 
+def read_rejected(files: list[list[Path]]) -> list[list[Image.Image]]:
+    return [[read_picture(file, "rejected_data_dir") for file in row] for row in files]
+
+
 def draw_rejected(photos: list[Photo], model, args: argparse.Namespace, accelerator: Accelerator) -> list[list[Path]]:
     """What the starting model draws for the base captions, from fixed seeds. The files stay in the cache, in a folder
     that changes with every setting that they depend on (manifest.json in it); only those missing are drawn."""
@@ -724,7 +740,7 @@ def draw_rejected(photos: list[Photo], model, args: argparse.Namespace, accelera
         "seed": args.seed,
     }
     folder = cached_assets_path("mapo", f"rejected-{hash_of(manifest)}", assets_dir=args.cache_dir)
-    if accelerator.is_main_process:
+    if accelerator.is_main_process and not (folder / "manifest.json").exists():
         save_aside(folder / "manifest.json", lambda path: path.write_text(json.dumps(manifest, indent=2, default=str)))
     files = [[folder / f"{photo.name}-{j}.png" for j in range(args.num_rejected_per_image)] for photo in photos]
     missing = [(i, j) for i, row in enumerate(files) for j, file in enumerate(row) if not file.exists()]
@@ -1547,7 +1563,7 @@ def prepare_data(model, photos: list[Photo], args: argparse.Namespace, accelerat
         files = (
             find_rejected(photos, args) if args.rejected_data_dir else draw_rejected(photos, model, args, accelerator)
         )
-        rejected = [[decode_picture(str(file)) for file in row] for row in files]
+        rejected = read_rejected(files)
     dataset = PhotoSet(photos, rejected, model.pipeline.vae, args, accelerator.device)
     if args.train_batch_size is None:
         args.train_batch_size = -(-len(photos) // (accelerator.num_processes * args.gradient_accumulation_steps))
@@ -1607,7 +1623,7 @@ def any_process(flag: bool, accelerator: Accelerator) -> bool:
 
 
 def main(args: argparse.Namespace) -> None:
-    if args.demo:
+    if args.demo and os.environ.get("RANK", "0") == "0":
         print(
             "Neither --pretrained_model_name_or_path nor --instance_data_dir is given: training the demo. For SDXL: "
             "accelerate launch train_dreambooth_lora_mapo_sdxl.py --instance_data_dir YOUR_PHOTOS --token '<dog>' "
@@ -1618,7 +1634,7 @@ def main(args: argparse.Namespace) -> None:
     accelerator = prepare_run(args)
     device = accelerator.device
     photos = load_photos(args)
-    check_tokens(args)
+    check_tokens(photos, args)
     if args.push_to_hub and accelerator.is_main_process:
         args.hub_model_id = create_repository(args)
     checkpoint = find_checkpoint(args)

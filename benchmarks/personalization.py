@@ -85,13 +85,19 @@ def main(args: argparse.Namespace, flags: list[str]) -> None:
     results = {"date": date.today().isoformat(), "machine": f"{os.cpu_count()} CPU cores, {platform.machine()}"}
     results |= {"versions": versions, "flags": flags, "runs": {}}
     args.output_dir.mkdir(parents=True, exist_ok=True)
+    file = args.output_dir / "personalization.json"
     with tempfile.TemporaryDirectory() as folder:
         for name, loss in LOSSES.items():
             if args.losses is None or name in args.losses:
                 out = (args.keep or Path(folder)) / loss[-1].removeprefix("--").replace("=", "-")
-                results["runs"][name] = run([*loss, *flags], out, args.cache_dir or Path(folder) / "cache")
-                print(name, results["runs"][name], flush=True)
-    (args.output_dir / "personalization.json").write_text(json.dumps(results, indent=2) + "\n")
+                found = run([*loss, *flags], out, args.cache_dir or Path(folder) / "cache")
+                print(name, found, flush=True)
+                earlier = json.loads(file.read_text()) if file.exists() else {}
+                if earlier.get("flags") == flags and earlier["versions"] == versions:  # runs of --losses add up
+                    results["runs"] |= earlier["runs"]
+                results["runs"][name] = found
+                file.write_text(json.dumps(results, indent=2) + "\n")
+    results["runs"] = {name: results["runs"][name] for name in LOSSES if name in results["runs"]}
     about = f"{results['date']}, {results['machine']}, " + ", ".join(f"{k} {v}" for k, v in versions.items())
     (args.output_dir / "personalization.md").write_text(f"{write_table(results)}\n{about}\n")
     print(write_table(results))
