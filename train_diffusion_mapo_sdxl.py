@@ -439,7 +439,7 @@ def check_model(args: argparse.Namespace) -> None:
     prediction = scheduler_config.get("prediction_type", "epsilon")
     if prediction not in ("epsilon", "v_prediction"):
         fail(f"{flag}: prediction type {prediction}; needs epsilon or v_prediction")
-    ending = f"*.{args.variant}" if args.variant else "*"
+    ending = f"*.{args.variant}*" if args.variant else "*"
     if folder.is_dir() and not [*folder.glob(f"{ending}.safetensors"), *folder.glob(f"{ending}.bin")]:
         fail(f"{flag}: no weights {ending}.safetensors in {folder}; see --variant")
     if args.use_lora:
@@ -1643,7 +1643,6 @@ def prepare_run(args: argparse.Namespace) -> Accelerator:
             project_dir=args.output_dir, logging_dir=os.path.join(args.output_dir, "logs")
         ),
     )
-    prepare_sharding(args, accelerator)
     check_device(args, accelerator)
     logging.basicConfig(format="%(message)s", level=logging.ERROR)
     logger.setLevel(logging.INFO if accelerator.is_main_process else logging.ERROR)
@@ -1676,7 +1675,12 @@ def check_folders(args: argparse.Namespace) -> None:
 
 
 def check_device(args: argparse.Namespace, accelerator: Accelerator) -> None:
-    """Ends the run with one line where the device can't do what a flag asks for."""
+    """Ends the run with one line where the processes or the device can't do what was asked for."""
+    launched = int(os.environ.get("WORLD_SIZE", 1))
+    if launched != accelerator.num_processes:  # each would train alone, into the same folder
+        fail(
+            f"{launched} processes were launched but don't find one another; without GPUs set ACCELERATE_USE_CPU=true"
+        )
     if accelerator.device.type != "cpu":
         return
     if accelerator.mixed_precision == "fp16":
@@ -1687,11 +1691,6 @@ def check_device(args: argparse.Namespace, accelerator: Accelerator) -> None:
 
 def prepare_sharding(args: argparse.Namespace, accelerator: Accelerator) -> None:
     """Tells FSDP2 and DeepSpeed what accelerate's config doesn't."""
-    launched = int(os.environ.get("WORLD_SIZE", 1))
-    if launched != accelerator.num_processes:  # each would train alone, into the same folder
-        fail(
-            f"{launched} processes were launched but don't find one another; without GPUs set ACCELERATE_USE_CPU=true"
-        )
     if accelerator.distributed_type == "DEEPSPEED":
         config = accelerator.state.deepspeed_plugin.deepspeed_config
         config["train_micro_batch_size_per_gpu"] = args.train_batch_size
@@ -1819,6 +1818,7 @@ def main(args: argparse.Namespace) -> None:
         )
     started = time.perf_counter()
     accelerator = prepare_run(args)
+    prepare_sharding(args, accelerator)
     device = accelerator.device
     if args.push_to_hub and accelerator.is_main_process:
         args.hub_model_id = create_repository(args)
