@@ -51,6 +51,8 @@ Departures from the authors' code:
 """
 
 import argparse
+import contextlib
+import errno
 import hashlib
 import importlib.util
 import io
@@ -62,6 +64,7 @@ import os
 import shutil
 import signal
 import sys
+import tempfile
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -104,6 +107,14 @@ OPTIMIZER_PACKAGES = {
     "prodigy": "prodigyopt",
 }
 PIP_NAMES = {"optimi": "torch-optimi"}
+# What a run may change when it goes on from a checkpoint. The data may move, but their pairs must be the same.
+FREE_SETTINGS = frozenset(
+    "output_dir cache_dir dataset_name image_root dataloader_num_workers demo max_train_steps max_nonfinite_steps "
+    "train_batch_size gradient_accumulation_steps gradient_checkpointing compile activation_memory_budget allow_tf32 "
+    "enable_xformers_memory_efficient_attention output_kohya_format checkpointing_steps checkpoints_total_limit "
+    "resume_from_checkpoint validation_prompts validation_steps validation_guidance_scale validation_inference_steps "
+    "logging_steps report_to push_to_hub hub_model_id use_8bit_adam skip_unreadable".split()
+)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -167,7 +178,7 @@ def parse_args(input_args: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--train_batch_size", type=int, default=4, help="Pairs per process and forward pass.")
     parser.add_argument("--gradient_accumulation_steps", type=int, default=1)
     parser.add_argument("--max_train_steps", type=int, default=2000, help="Optimizer steps.")
-    parser.add_argument("--learning_rate", type=float, help="Not scaled by anything. Default: 1e-7, of a LoRA 1e-5.")
+    parser.add_argument("--learning_rate", type=float, help="Default: 1e-7, of a LoRA 1e-5, for prodigy 1.")
     schedules = ["linear", "cosine", "cosine_with_restarts", "polynomial", "constant", "constant_with_warmup"]
     parser.add_argument("--lr_scheduler", default="cosine", choices=schedules)
     parser.add_argument("--lr_warmup_steps", type=int, default=0)
@@ -224,8 +235,9 @@ def parse_args(input_args: list[str] | None = None) -> argparse.Namespace:
     if args.cache_latents is None:
         args.cache_latents = not args.streaming
     if args.learning_rate is None:
-        args.learning_rate = 1e-5 if args.use_lora else 1e-7
+        args.learning_rate = 1.0 if args.optimizer == "prodigy" else 1e-5 if args.use_lora else 1e-7
     check_numbers(parser, args)
+    check_bounds(parser, args)
     check_choices(parser, args)
     return args
 
@@ -248,6 +260,8 @@ def check_numbers(parser: argparse.ArgumentParser, args: argparse.Namespace) -> 
         "dataloader_num_workers": 0,
         "seed": 0,
         "noise_offset": 0,
+        "adam_weight_decay": 0,
+        "validation_guidance_scale": 0,
         "resolution": 8,
     }
     for name, bound in least.items():
@@ -258,13 +272,27 @@ def check_numbers(parser: argparse.ArgumentParser, args: argparse.Namespace) -> 
         value = getattr(args, name)
         if value is not None and not (value > 0 and math.isfinite(value)):
             parser.error(f"--{name} {value}: must be positive and finite")
-    shares = ("label_noise_prob", "proportion_empty_prompts", "lora_dropout", "ema_decay", "activation_memory_budget")
-    for name in (*shares, "adam_beta1", "adam_beta2"):
+    shares = ("label_noise_prob", "proportion_empty_prompts", "ema_decay", "activation_memory_budget")
+    for name in shares:
         value = getattr(args, name)
         if value is not None and not 0 <= value <= 1:
             parser.error(f"--{name} {value}: must be between 0 and 1")
     if args.resolution % 8:
         parser.error(f"--resolution {args.resolution}: must be a multiple of 8; try {round(args.resolution / 8) * 8}")
+
+
+def check_bounds(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
+    """As `check_numbers`, where the bound itself is out of range or another argument."""
+    for name, value in vars(args).items():
+        if value == "":
+            parser.error(f"--{name}: is empty; leave the flag out, or give it a value")
+    for name in ("adam_beta1", "adam_beta2", "lora_dropout"):
+        if not 0 <= getattr(args, name) < 1:
+            parser.error(f"--{name} {getattr(args, name)}: must be at least 0 and below 1")
+    if args.seed >= 2**32:
+        parser.error(f"--seed {args.seed}: must be below 2**32")
+    if args.lr_warmup_steps > args.max_train_steps and not args.demo:
+        parser.error(f"--lr_warmup_steps {args.lr_warmup_steps}: more than --max_train_steps {args.max_train_steps}")
 
 
 def check_choices(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
@@ -283,6 +311,7 @@ def check_choices(parser: argparse.ArgumentParser, args: argparse.Namespace) -> 
     needs = (
         (args.label_1_column, "--label_1_column", args.label_0_column, "--label_0_column"),
         (args.use_dora, "--use_dora", args.use_lora, "--use_lora"),
+        (args.lora_alpha, "--lora_alpha", args.use_lora, "--use_lora"),
         (args.output_kohya_format, "--output_kohya_format", args.use_lora, "--use_lora"),
         (args.activation_memory_budget, "--activation_memory_budget", args.compile, "--compile"),
         (args.hub_model_id, "--hub_model_id", args.push_to_hub, "--push_to_hub"),
@@ -339,7 +368,10 @@ def read_prompts(parser: argparse.ArgumentParser, prompts: list[str] | None) -> 
     if prompts is not None and len(prompts) == 1 and prompts[0].endswith(".txt"):
         if not Path(prompts[0]).is_file():
             parser.error(f"--validation_prompts {prompts[0]}: no such file")
-        lines = Path(prompts[0]).read_text(encoding="utf-8").splitlines()
+        try:
+            lines = Path(prompts[0]).read_text(encoding="utf-8").splitlines()
+        except UnicodeDecodeError as error:
+            parser.error(f"--validation_prompts {prompts[0]}: {error}; save it as UTF-8")
         prompts = [line.strip() for line in lines if line.strip()]
         if not prompts:
             parser.error("--validation_prompts: the file has no line")
@@ -350,12 +382,69 @@ def read_prompts(parser: argparse.ArgumentParser, prompts: list[str] | None) -> 
 
 def fail(message: str) -> None:
     """Ends every process with one line; exit code 1."""
+    for bar in list(tqdm._instances):  # else the line would stand behind a bar, or before it
+        bar.close()
     sys.exit(f"{Path(__file__).name}: error: {message}")
+
+
+@contextlib.contextmanager
+def full_disk_ends_in_one_line():
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        if not is_full_disk(error):
+            raise
+        fail(
+            f"--output_dir or --cache_dir: {root_cause(error)}; make room or name other folders, then go on with "
+            "--resume_from_checkpoint latest"
+        )
+
+
+def is_full_disk(error: BaseException) -> bool:
+    reasons = [os.strerror(number) for number in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)]
+    return any(reason in str(root_cause(error)) for reason in reasons)
+
+
+def root_cause(error: BaseException) -> BaseException:
+    while error.__cause__ is not None:
+        error = error.__cause__
+    return error
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Models
 # ---------------------------------------------------------------------------------------------------------------------
+
+
+def check_model(args: argparse.Namespace) -> None:
+    """Ends the run with one line where the model's configuration says that it can't be trained like this."""
+    from diffusers import AutoencoderKL, DDPMScheduler, DiffusionPipeline, UNet2DConditionModel
+
+    name, hub = args.pretrained_model_name_or_path, {"revision": args.revision, "cache_dir": args.cache_dir}
+    flag = f"--pretrained_model_name_or_path {name}"
+    try:
+        index = DiffusionPipeline.load_config(name, **hub)
+        unet_config = UNet2DConditionModel.load_config(name, subfolder="unet", **hub)
+        scheduler_config = DDPMScheduler.load_config(name, subfolder="scheduler", **hub)
+        if args.pretrained_vae_model_name_or_path is not None:
+            flag = f"--pretrained_vae_model_name_or_path {args.pretrained_vae_model_name_or_path}"
+            AutoencoderKL.load_config(args.pretrained_vae_model_name_or_path, cache_dir=args.cache_dir)
+    except (OSError, ValueError) as error:
+        fail(f"{flag}: {first_line(error)}")
+    flag, folder = f"--pretrained_model_name_or_path {args.pretrained_model_name_or_path}", Path(name) / "unet"
+    if None in index.get("text_encoder", [None]) or "text_encoder_2" not in index:
+        fail(f"{flag}: a {index['_class_name']}; name an SDXL base model")
+    if unet_config["in_channels"] != unet_config["out_channels"]:
+        fail(f"{flag}: its UNet takes {unet_config['in_channels']} channels; name a model that isn't for inpainting")
+    prediction = scheduler_config.get("prediction_type", "epsilon")
+    if prediction not in ("epsilon", "v_prediction"):
+        fail(f"{flag}: prediction type {prediction}; needs epsilon or v_prediction")
+    ending = f"*.{args.variant}*" if args.variant else "*"
+    if folder.is_dir() and not [*folder.glob(f"{ending}.safetensors"), *folder.glob(f"{ending}.bin")]:
+        fail(f"{flag}: no weights {ending}.safetensors in {folder}; see --variant")
+    if args.use_lora:
+        with torch.device("meta"):
+            add_lora(UNet2DConditionModel.from_config(unet_config), args)
 
 
 def load_frozen_models(args: argparse.Namespace, device: torch.device, weight_dtype: torch.dtype):
@@ -379,7 +468,8 @@ def load_frozen_models(args: argparse.Namespace, device: torch.device, weight_dt
         fail(f"--pretrained_model_name_or_path {args.pretrained_model_name_or_path}: {first_line(error)}")
     pipeline.set_progress_bar_config(disable=True)
     pipeline.to(device)
-    pipeline.vae.to(torch.float32)  # SDXL's own VAE overflows in fp16
+    # In fp32, as SDXL's own VAE overflows in fp16; channels last, as convolutions of few channels are faster so.
+    pipeline.vae.to(torch.float32, memory_format=torch.channels_last)
     for model in (pipeline.vae, pipeline.text_encoder, pipeline.text_encoder_2):
         model.requires_grad_(False).eval()
     return pipeline
@@ -391,15 +481,17 @@ def load_unet(args: argparse.Namespace, accelerator: Accelerator) -> tuple:
 
     name, hub = args.pretrained_model_name_or_path, {"revision": args.revision, "cache_dir": args.cache_dir}
     noise_scheduler = DDPMScheduler.from_pretrained(name, subfolder="scheduler", **hub)
-    if noise_scheduler.config.prediction_type not in ("epsilon", "v_prediction"):
-        fail(f"{name}: prediction type {noise_scheduler.config.prediction_type}; needs epsilon or v_prediction")
     dtype = torch.bfloat16 if args.optimizer == "adamw_bf16" else torch.float32
     if args.use_lora:  # the frozen weights may be as short as the computation
         dtype = {"fp16": torch.float16, "bf16": torch.bfloat16}.get(accelerator.mixed_precision, torch.float32)
-    unet = UNet2DConditionModel.from_pretrained(name, subfolder="unet", variant=args.variant, dtype=dtype, **hub)
+    try:
+        unet = UNet2DConditionModel.from_pretrained(name, subfolder="unet", variant=args.variant, dtype=dtype, **hub)
+    except (OSError, ValueError) as error:
+        fail(f"--pretrained_model_name_or_path {name}: {first_line(error)}")
     if args.use_lora:
         add_lora(unet, args)
-        keep_lora_only(accelerator)
+        if not is_sharded(accelerator):  # their checkpoints hold the whole UNet
+            keep_lora_only(accelerator)
     if args.gradient_checkpointing:
         unet.enable_gradient_checkpointing()
     if args.enable_xformers_memory_efficient_attention:
@@ -465,6 +557,8 @@ def find_columns(args: argparse.Namespace, names: list[str]) -> tuple:
                 "either --chosen_column, --rejected_column or --image_0_column, --image_1_column, --label_0_column"
             )
         columns = (args.caption_column or known[0][0], *known[0][1:])
+    if columns[1] == columns[2]:
+        fail(f"{where}column {columns[1]} is named as both pictures")
     if missing := [name for name in columns if name is not None and name not in names]:
         fail(f"{where}no column {missing[0]} among {', '.join(names)}")
     return columns
@@ -491,11 +585,14 @@ class PreferencePairs:
         share = np.ones(count)
         if label_0 is not None:
             share = read_labels(dataset[label_0], label_0)
+            if label_1 is None and ((share < 0) | (share > 1)).any():
+                value = share[(share < 0) | (share > 1)][0]
+                fail(f"--label_0_column {label_0}: {value:g}; alone it's a share from 0 to 1, see --label_1_column")
             other = 1 - share if label_1 is None else read_labels(dataset[label_1], label_1)
             share = np.where(share == other, 0.5, np.where(np.isnan(other), np.nan, share > other))
         labelled = ~np.isnan(share)
         if "has_label" in dataset.column_names:
-            labelled &= np.array(dataset["has_label"], dtype=bool)
+            labelled &= read_labels(dataset["has_label"], "has_label") > 0
         tied = labelled & (share == 0.5)
         self.tied, self.unlabelled = int(tied.sum()), int((~labelled).sum())
         lots = np.random.default_rng((args.seed, first_row)).random((count, 2))
@@ -536,7 +633,8 @@ class PreferencePairs:
         for side in self.sides:
             named = getattr(self.dataset.features[side], "dtype", None) == "string"
             values = self.dataset[side] if named else []
-            files += [(path, os.stat(self.image_root / path).st_mtime_ns) for path in values if path]
+            paths = [self.image_root / path for path in values if path]
+            files += [(str(path), path.stat().st_mtime_ns if path.exists() else None) for path in paths]
         used = (self.rows.tobytes(), self.winner_first.tobytes())
         return hash_of(self.dataset._fingerprint, files, *used)
 
@@ -546,7 +644,7 @@ def read_labels(values, column: str) -> np.ndarray:
     try:
         return np.array([math.nan if v is None or v == "" else float(v) for v in values])
     except (TypeError, ValueError) as error:
-        fail(f"--label_0_column {column}: {error}; labels must be numbers")
+        fail(f"--dataset_name: column {column}: {error}; labels must be numbers")
 
 
 def load_dataset(args: argparse.Namespace):
@@ -555,6 +653,7 @@ def load_dataset(args: argparse.Namespace):
     import datasets
 
     datasets.disable_progress_bars()
+    datasets.logging.set_verbosity(logging.CRITICAL)  # what it logs as an error is raised too
     path = Path(args.dataset_name)
     kinds = {
         ".parquet": "parquet",
@@ -577,8 +676,10 @@ def load_dataset(args: argparse.Namespace):
             dataset = datasets.load_from_disk(path)
         else:
             dataset = datasets.load_dataset(args.dataset_name, args.dataset_config_name, **options)
-    except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
-        fail(f"--dataset_name {args.dataset_name}: {first_line(error)}")
+    except Exception as error:  # readers of files raise whatever they please
+        if is_full_disk(error):
+            raise root_cause(error) from None
+        fail(f"--dataset_name {args.dataset_name}: {first_line(root_cause(error))}")
     if args.streaming and isinstance(dataset, datasets.Dataset):
         dataset = dataset.to_iterable_dataset()
     for column, feature in (dataset.features or {}).items():
@@ -593,14 +694,26 @@ def first_line(error: Exception) -> str:
 
 def list_picture_folders(path: Path) -> list[dict[str, str]]:
     """`w/NAME.*`, `l/NAME.*`, `NAME.txt` -> one row per name."""
-    winners, losers = ({p.stem: str(p) for p in sorted((path / side).iterdir())} for side in ("w", "l"))
-    captions = {p.stem: p for p in path.glob("*.txt")}
+    winners, losers = {}, {}
+    for side, files in (("w", winners), ("l", losers)):
+        for file in sorted((path / side).glob("[!.]*")):
+            if file.stem in files:
+                fail(f"--dataset_name {path}: {file} and {files[file.stem]} have one name")
+            files[file.stem] = str(file)
+    captions = {p.stem: p for p in path.glob("[!.]*.txt")}
+    if not winners:
+        fail(f"--dataset_name {path}: no picture in {path / 'w'}")
     names = sorted(winners.keys() | losers.keys() | captions.keys())
     for name in names:
         for where, files in (("w/", winners), ("l/", losers), ("", captions)):
             if name not in files:
                 fail(f"--dataset_name {path}: no {where}{name}{'.txt' if not where else ''} to go with the others")
-    rows = [{"caption": captions[n].read_text(encoding="utf-8").strip()} for n in names]
+    rows = []
+    for name in names:
+        try:
+            rows.append({"caption": captions[name].read_text(encoding="utf-8").strip()})
+        except (OSError, UnicodeDecodeError) as error:
+            fail(f"--dataset_name {path}: {captions[name]}: {error}; captions are text in UTF-8")
     return [row | {"chosen": winners[n], "rejected": losers[n]} for row, n in zip(rows, names)]
 
 
@@ -621,10 +734,7 @@ def load_pairs(args: argparse.Namespace, accelerator: Accelerator) -> Preference
         with ThreadPoolExecutor() as pool:
             return {"readable": list(pool.map(lambda i: can_read(pairs, i, args), indices.tolist()))}
 
-    try:
-        name = f"reading-{hash_of(pairs.fingerprint(), args.skip_unreadable)}"
-    except OSError as error:
-        fail(f"--dataset_name {args.dataset_name}: {error}; see --image_root")
+    name = f"reading-{hash_of(pairs.fingerprint(), args.skip_unreadable)}"
     readable = encode_once(name, {"readable": ((), "bool")}, len(pairs), read, 64, args, accelerator)["readable"]
     logger.info(f"{counts}, {int((~readable).sum())} unreadable.")
     pairs.keep(np.flatnonzero(readable))
@@ -638,7 +748,7 @@ def can_read(pairs: PreferencePairs, i: int, args: argparse.Namespace) -> bool:
         pairs.pictures(i)
     except ValueError as error:
         if not args.skip_unreadable:
-            fail(f"{first_line(error)}; mend it, or leave such rows out with --skip_unreadable")
+            fail(f"{first_line(error)}; mend it (--image_root?), or leave such rows out with --skip_unreadable")
         return False
     return True
 
@@ -698,7 +808,7 @@ def hash_of(*parts) -> str:
     for part in parts:
         if isinstance(part, torch.nn.Module):
             for tensor in part.state_dict().values():
-                digest.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy())
+                digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
         else:
             digest.update(part if isinstance(part, bytes) else repr(part).encode())
         digest.update(b"\0")
@@ -739,14 +849,13 @@ def encode_once(name: str, arrays: dict, length: int, encode, batch_size: int, a
     accelerator.wait_for_everyone()  # all have looked before any writes
     mine = missing[accelerator.process_index :: accelerator.num_processes]
     what = name.split("-")[0].capitalize()
-    bar = tqdm(total=len(mine), desc=what, disable=len(mine) == 0 or not accelerator.is_main_process)
-    for start in range(0, len(mine), batch_size):
-        chunk = mine[start : start + batch_size]
-        for key, values in encode(chunk).items():
-            maps[key][chunk] = values
-        maps["done"][chunk] = True
-        bar.update(len(chunk))
-    bar.close()
+    with tqdm(total=len(mine), desc=what, disable=len(mine) == 0 or not accelerator.is_main_process) as bar:
+        for start in range(0, len(mine), batch_size):
+            chunk = mine[start : start + batch_size]
+            for key, values in encode(chunk).items():
+                maps[key][chunk] = values
+            maps["done"][chunk] = True
+            bar.update(len(chunk))
     accelerator.wait_for_everyone()
     return {key: maps[key] for key in arrays}
 
@@ -1005,7 +1114,7 @@ def save_checkpoint(step: int, args: argparse.Namespace, accelerator: Accelerato
         accelerator.wait_for_everyone()
         if accelerator.is_main_process:
             sizes = {str(p.relative_to(aside)): p.stat().st_size for p in aside.rglob("*") if p.is_file()}
-            state = {"step": step, "sizes": sizes, "settings": public_settings(args)}
+            state = {"step": step, "sizes": sizes, **describe_run(args, accelerator)}
             (aside / "state.json").write_text(json.dumps(state, indent=2))
             shutil.rmtree(folder, ignore_errors=True)
             os.replace(aside, folder)
@@ -1024,6 +1133,49 @@ def save_checkpoint(step: int, args: argparse.Namespace, accelerator: Accelerato
 
 def public_settings(args: argparse.Namespace) -> dict:
     return {name: value for name, value in sorted(vars(args).items()) if name != "hub_token" and value is not None}
+
+
+def describe_run(args: argparse.Namespace, accelerator: Accelerator) -> dict:
+    processes = accelerator.num_processes
+    return {
+        "settings": public_settings(args),
+        "global_batch": args.train_batch_size * args.gradient_accumulation_steps * processes,
+        "kind": f"{accelerator.distributed_type.value} with {processes}" if is_sharded(accelerator) else "replicas",
+    }
+
+
+def check_resumption(checkpoint: Path | None, args: argparse.Namespace, accelerator: Accelerator) -> None:
+    """Ends the run with one line where it can't go on as the checkpoint's run would have."""
+    if checkpoint is None:
+        return
+    then, now = json.loads((checkpoint / "state.json").read_text()), describe_run(args, accelerator)
+    advice = "go on as before, or start anew in another --output_dir"
+    for name in sorted((then["settings"].keys() | now["settings"].keys()) - FREE_SETTINGS):
+        old, new = then["settings"].get(name), now["settings"].get(name)
+        if name != "pairs" and old != new:
+            fail(f"--{name} {new}: {checkpoint.name} was trained with {old}; {advice}")
+    if then["global_batch"] != now["global_batch"]:
+        fail(
+            f"--train_batch_size {args.train_batch_size} x --gradient_accumulation_steps "
+            f"{args.gradient_accumulation_steps} x {accelerator.num_processes} processes is {now['global_batch']}: "
+            f"{checkpoint.name} was trained with {then['global_batch']}; {advice}"
+        )
+    if then["kind"] != now["kind"]:
+        fail(f"--resume_from_checkpoint {checkpoint}: of {then['kind']}, but this is {now['kind']}; {advice}")
+    if then["step"] > args.max_train_steps:
+        fail(f"--max_train_steps {args.max_train_steps}: {checkpoint.name} is beyond it; name more steps")
+
+
+def check_pairs(captions: list[str], winner_first: np.ndarray, checkpoint: Path | None, args) -> None:
+    """Ends the run with one line where the pairs aren't those that the checkpoint's run trained on."""
+    args.pairs = hash_of(captions, winner_first.tobytes())
+    if checkpoint is None:
+        return
+    if json.loads((checkpoint / "state.json").read_text())["settings"]["pairs"] != args.pairs:
+        fail(
+            f"--dataset_name {args.dataset_name}: its pairs aren't those that {checkpoint.name} was trained on; "
+            "restore them, or start anew in another --output_dir"
+        )
 
 
 def find_checkpoint(args: argparse.Namespace) -> Path | None:
@@ -1080,9 +1232,11 @@ class MetricsLog:
         self.skipped_in_a_row, self.warned = 0, False
         if accelerator.is_main_process:
             if first_step and self.path.exists():  # what an unbroken run would have written by now
-                lines = self.path.read_text().splitlines()
-                self.history = [r for r in map(json.loads, lines) if r["step"] <= first_step]
-            self.path.write_text("".join(json.dumps(record) + "\n" for record in self.history))
+                lines = self.path.read_text().splitlines(keepends=True)
+                whole = [json.loads(line) for line in lines if line.endswith("\n")]  # a kill may halve the last
+                self.history = [record for record in whole if record["step"] <= first_step]
+            text = "".join(json.dumps(record) + "\n" for record in self.history)
+            save_aside(self.path, lambda path: path.write_text(text))
         self.bar = tqdm(
             total=args.max_train_steps, initial=first_step, desc="Training", disable=not accelerator.is_main_process
         )
@@ -1231,6 +1385,28 @@ def draw_pictures(unet, ema, pipeline, embeddings: dict, args, accelerator: Acce
     return [picture for _, picture in sorted(dict(gather_object(pictures)).items())]
 
 
+def draw_base_pictures(unet, pipeline, embeddings: dict, args, accelerator: Accelerator) -> list[Image.Image]:
+    """The pictures before training, drawn when they are first shown, so that training needn't wait for them: with the
+    LoRA switched off, or by a UNet that is loaded anew. No gradients are held by then: memory has no new peak."""
+    from diffusers import UNet2DConditionModel
+
+    if args.use_lora:
+        model = unwrap(unet, accelerator)
+        model.disable_adapters()
+        pictures = draw_pictures(unet, None, pipeline, embeddings, args, accelerator)
+        model.enable_adapters()
+        return pictures
+    base = UNet2DConditionModel.from_pretrained(
+        args.pretrained_model_name_or_path,
+        subfolder="unet",
+        revision=args.revision,
+        variant=args.variant,
+        cache_dir=args.cache_dir,
+        dtype=next(unwrap(unet, accelerator).parameters()).dtype,
+    )
+    return draw_pictures(base.to(accelerator.device), None, pipeline, embeddings, args, accelerator)
+
+
 def draw_grid(prompts: list[str], before: list[Image.Image], after: list[Image.Image]) -> Image.Image:
     """Each prompt with its two pictures under it, base on the left, tuned on the right; at most 12 prompts."""
     import textwrap
@@ -1238,9 +1414,9 @@ def draw_grid(prompts: list[str], before: list[Image.Image], after: list[Image.I
     from PIL import ImageDraw, ImageFont
 
     side = max(128, min(384, before[0].width))
-    count, head = min(12, len(prompts)), 46
+    count, head = min(12, len(prompts)), 42
     columns = min(4, count)
-    cell_width, cell_height = 2 * side + 24, side + head + 16
+    cell_width, cell_height = 2 * side + 24, side + head + 24
     font = ImageFont.load_default(13)
     grid = Image.new("RGB", (columns * cell_width, -(-count // columns) * cell_height), "white")
     pen = ImageDraw.Draw(grid)
@@ -1251,7 +1427,7 @@ def draw_grid(prompts: list[str], before: list[Image.Image], after: list[Image.I
         for column, (picture, name) in enumerate(((before[i], "before"), (after[i], "after"))):
             left = x + column * (side + 4)
             grid.paste(picture.resize((side, side), Image.Resampling.LANCZOS), (left, y + head))
-            pen.text((left + 4, y + head + 2), name, "grey", ImageFont.load_default(11))
+            pen.text((left + 4, y + head + side), name, "grey", ImageFont.load_default(11))
     return grid
 
 
@@ -1311,14 +1487,16 @@ def save_weights(unet, ema, args: argparse.Namespace, accelerator: Accelerator) 
         ema.store(trainable(unet, accelerator))
         ema.copy_to(trainable(unet, accelerator))
     output_dir = Path(args.output_dir)
+    state = accelerator.get_state_dict(unet, unwrap=True)
+    state = {name.replace("_orig_mod.", ""): tensor for name, tensor in state.items()}
     if args.use_lora:
         from diffusers.training_utils import _collate_lora_metadata
         from diffusers.utils import convert_state_dict_to_diffusers, convert_state_dict_to_kohya
         from peft import get_peft_model_state_dict
         from safetensors.torch import save_file
 
-        layers = get_peft_model_state_dict(model)
         if accelerator.is_main_process:
+            layers = get_peft_model_state_dict(model, state)
             StableDiffusionXLPipeline.save_lora_weights(
                 output_dir,
                 unet_lora_layers=convert_state_dict_to_diffusers(layers),
@@ -1327,10 +1505,8 @@ def save_weights(unet, ema, args: argparse.Namespace, accelerator: Accelerator) 
             if args.output_kohya_format:
                 named = convert_state_dict_to_kohya({f"unet.{name}": layer for name, layer in layers.items()})
                 save_aside(output_dir / "pytorch_lora_weights_kohya.safetensors", lambda path: save_file(named, path))
-    else:
-        state = accelerator.get_state_dict(unet, unwrap=True)
-        if accelerator.is_main_process:
-            save_pipeline({name.removeprefix("_orig_mod."): tensor for name, tensor in state.items()}, args)
+    elif accelerator.is_main_process:
+        save_pipeline(state, args)
     if ema is not None:
         ema.restore(trainable(unet, accelerator))
 
@@ -1467,6 +1643,7 @@ def prepare_run(args: argparse.Namespace) -> Accelerator:
             project_dir=args.output_dir, logging_dir=os.path.join(args.output_dir, "logs")
         ),
     )
+    check_device(args, accelerator)
     logging.basicConfig(format="%(message)s", level=logging.ERROR)
     logger.setLevel(logging.INFO if accelerator.is_main_process else logging.ERROR)
     transformers.utils.logging.set_verbosity_error()
@@ -1480,13 +1657,62 @@ def prepare_run(args: argparse.Namespace) -> Accelerator:
         torch.set_float32_matmul_precision("high")
     set_seed(args.seed)
     if accelerator.is_main_process:
-        Path(args.output_dir).mkdir(parents=True, exist_ok=True)
+        check_folders(args)
     accelerator.wait_for_everyone()
     return accelerator
 
 
-def prepare_data(args: argparse.Namespace, accelerator: Accelerator) -> tuple:
-    """Pairs, encoded as far as they can be ahead of training.
+def check_folders(args: argparse.Namespace) -> None:
+    """Makes the folders; ends the run with one line where they can't be made or written to."""
+    for name in ("output_dir", "cache_dir"):
+        if (folder := getattr(args, name)) is None:
+            continue
+        try:
+            Path(folder).mkdir(parents=True, exist_ok=True)
+            tempfile.TemporaryFile(dir=folder).close()
+        except OSError as error:
+            fail(f"--{name} {folder}: {error.strerror}; name a folder that can be written to")
+
+
+def check_device(args: argparse.Namespace, accelerator: Accelerator) -> None:
+    """Ends the run with one line where the processes or the device can't do what was asked for."""
+    launched = int(os.environ.get("WORLD_SIZE", 1))
+    if launched != accelerator.num_processes:  # each would train alone, into the same folder
+        fail(
+            f"{launched} processes were launched but don't find one another; without GPUs set ACCELERATE_USE_CPU=true"
+        )
+    if accelerator.device.type != "cpu":
+        return
+    if accelerator.mixed_precision == "fp16":
+        fail("--mixed_precision fp16: needs a GPU; take bf16 or no")
+    if args.enable_xformers_memory_efficient_attention:
+        fail("--enable_xformers_memory_efficient_attention: needs a GPU; leave it out")
+
+
+def prepare_sharding(args: argparse.Namespace, accelerator: Accelerator) -> None:
+    """Tells FSDP2 and DeepSpeed what accelerate's config doesn't."""
+    if accelerator.distributed_type == "DEEPSPEED":
+        config = accelerator.state.deepspeed_plugin.deepspeed_config
+        config["train_micro_batch_size_per_gpu"] = args.train_batch_size
+        config["gradient_clipping"] = args.max_grad_norm
+    elif accelerator.distributed_type == "FSDP":
+        if args.use_ema:
+            fail("--use_ema: not with FSDP; see configs/zero2.yaml")
+        if accelerator.mixed_precision != "no":
+            from torch.distributed.fsdp import MixedPrecisionPolicy
+
+            short = {"fp16": torch.float16, "bf16": torch.bfloat16}[accelerator.mixed_precision]
+            # Its default casts all inputs, time_ids among them.
+            policy = MixedPrecisionPolicy(short, reduce_dtype=torch.float32, cast_forward_inputs=False)
+            accelerator.state.fsdp_plugin.mixed_precision_policy = policy
+
+
+def is_sharded(accelerator: Accelerator) -> bool:
+    return accelerator.distributed_type in ("FSDP", "DEEPSPEED")
+
+
+def prepare_data(args: argparse.Namespace, accelerator: Accelerator, checkpoint: Path | None = None) -> tuple:
+    """Pairs, encoded as far as they can be ahead of training; those that the checkpoint was trained on.
 
     Returns the data set that `make_batches` takes, the pipeline without UNet, the validation prompts, and their
     embeddings with those of the empty prompt behind them.
@@ -1495,10 +1721,18 @@ def prepare_data(args: argparse.Namespace, accelerator: Accelerator) -> tuple:
         import datasets
 
         dataset = load_dataset(args)
-        first = PreferencePairs(datasets.Dataset.from_list(list(dataset.take(64))), args)
+        try:
+            rows = list(dataset.take(64))
+        except Exception as error:  # as in load_dataset
+            fail(f"--dataset_name {args.dataset_name}: {first_line(root_cause(error))}")
+        first = PreferencePairs(datasets.Dataset.from_list(rows), args)
+        if len(first) == 0 and len(rows) < 64:
+            fail(f"--dataset_name {args.dataset_name}: no row can be used")
+        check_pairs(first.captions, first.winner_first, checkpoint, args)
         prompts = choose_prompts(first.captions, args)
     else:
         pairs = load_pairs(args, accelerator)
+        check_pairs(pairs.captions, pairs.winner_first, checkpoint, args)
         prompts = choose_prompts(pairs.captions, args)
     weight_dtype = {"fp16": torch.float16, "bf16": torch.bfloat16}.get(accelerator.mixed_precision, torch.float32)
     pipeline = load_frozen_models(args, accelerator.device, weight_dtype)
@@ -1507,8 +1741,12 @@ def prepare_data(args: argparse.Namespace, accelerator: Accelerator) -> tuple:
         return dataset, pipeline, prompts, prompt_embeddings
     distinct = sorted({*pairs.captions, ""})
     embeddings = encode_captions(distinct, pipeline, args, accelerator)
-    pictures = encode_pictures(pairs, pipeline.vae, args, accelerator) if args.cache_latents else None
-    pipeline.text_encoder = pipeline.text_encoder_2 = None  # out of memory while training
+    # None of these is in the device's memory while training.
+    pictures = None
+    if args.cache_latents:
+        pictures = encode_pictures(pairs, pipeline.vae, args, accelerator)
+        pipeline.vae.to("cpu")
+    pipeline.text_encoder = pipeline.text_encoder_2 = None
     dataset = PairsByPosition(pairs, {c: i for i, c in enumerate(distinct)}, embeddings, pictures, args)
     return dataset, pipeline, prompts, prompt_embeddings
 
@@ -1519,9 +1757,15 @@ def prepare_training(unet, checkpoint: Path | None, args: argparse.Namespace, ac
     from diffusers.training_utils import EMAModel
 
     optimizer = make_optimizer(trainable(unet, accelerator), args)
+    if is_sharded(accelerator) and accelerator.mixed_precision != "no":  # elsewhere accelerate does this
+        short = {"fp16": torch.float16, "bf16": torch.bfloat16}[accelerator.mixed_precision]
+        unet.forward = torch.autocast(accelerator.device.type, short)(unet.forward)
     lr_scheduler = get_scheduler(
         args.lr_scheduler, optimizer, num_warmup_steps=args.lr_warmup_steps, num_training_steps=args.max_train_steps
     )
+    if accelerator.distributed_type == "DEEPSPEED":  # the weights stay in fp32 as elsewhere, bf16 is autocast
+        for short in ("bf16", "fp16"):
+            accelerator.state.deepspeed_plugin.deepspeed_config[short]["enabled"] = False
     unet, optimizer = accelerator.prepare(unet, optimizer)
     accelerator.register_for_checkpointing(lr_scheduler)  # not prepared: accelerate would step it once per process
     ema = None
@@ -1556,8 +1800,17 @@ def any_process(flag: bool, accelerator: Accelerator) -> bool:
     return accelerator.reduce(torch.tensor(float(flag), device=accelerator.device), "sum").item() > 0
 
 
+def clip_gradients(unet, args: argparse.Namespace, accelerator: Accelerator) -> torch.Tensor:
+    """Norm of the whole gradient before it is clipped, the same in every process."""
+    norm = accelerator.clip_grad_norm_(unet.parameters(), args.max_grad_norm)
+    if hasattr(norm, "full_tensor"):  # of FSDP2
+        norm = norm.full_tensor()
+    return torch.as_tensor(norm, device=accelerator.device)  # DeepSpeed has clipped, stepped and returns a number
+
+
+@full_disk_ends_in_one_line()
 def main(args: argparse.Namespace) -> None:
-    if args.demo:
+    if args.demo and os.environ.get("RANK", "0") == "0":
         print(
             "Neither --pretrained_model_name_or_path nor --dataset_name is given: training the demo. For SDXL: "
             "accelerate launch train_diffusion_mapo_sdxl.py --dataset_name YOUR_PAIRS --pretrained_model_name_or_path "
@@ -1565,21 +1818,22 @@ def main(args: argparse.Namespace) -> None:
         )
     started = time.perf_counter()
     accelerator = prepare_run(args)
+    prepare_sharding(args, accelerator)
     device = accelerator.device
     if args.push_to_hub and accelerator.is_main_process:
         args.hub_model_id = create_repository(args)
     checkpoint = find_checkpoint(args)
-    dataset, pipeline, prompts, prompt_embeddings = prepare_data(args, accelerator)
+    check_resumption(checkpoint, args, accelerator)
+    check_model(args)
+    dataset, pipeline, prompts, prompt_embeddings = prepare_data(args, accelerator, checkpoint)
 
     unet, noise_scheduler = load_unet(args, accelerator)
     unet.to(device)
-    before = draw_pictures(unet, None, pipeline, prompt_embeddings, args, accelerator)
-
     unet, optimizer, lr_scheduler, ema, first_step = prepare_training(unet, checkpoint, args, accelerator)
     if args.report_to != "none":
         accelerator.init_trackers("mapo", config={k: str(v) for k, v in public_settings(args).items()})
 
-    log, signals, step = MetricsLog(first_step, args, accelerator), watch_signals(), first_step
+    log, signals, step, before = MetricsLog(first_step, args, accelerator), watch_signals(), first_step, None
     batches = list_batches(first_step, args, accelerator)
     logger.info(f"First step after {time.perf_counter() - started:.1f} s.")
     for batch in make_batches(dataset, batches, pipeline, args, accelerator):
@@ -1589,7 +1843,7 @@ def main(args: argparse.Namespace) -> None:
             log.add(metrics)
             skip = False
             if accelerator.sync_gradients:
-                grad_norm = accelerator.clip_grad_norm_(unet.parameters(), args.max_grad_norm)
+                grad_norm = clip_gradients(unet, args, accelerator)
                 # fp16 has its own guard: its scaler skips such steps, and the first ones are meant to be.
                 skip = accelerator.scaler is None and not bool(grad_norm.isfinite())
             if not skip:
@@ -1616,12 +1870,14 @@ def main(args: argparse.Namespace) -> None:
             logger.info(f"\n{' '.join(signals)}: {saved} is written; go on with --resume_from_checkpoint latest")
             return accelerator.end_training()
         if args.validation_steps and step % args.validation_steps == 0 and step < args.max_train_steps:
+            before = before or draw_base_pictures(unet, pipeline, prompt_embeddings, args, accelerator)
             now = draw_pictures(unet, ema, pipeline, prompt_embeddings, args, accelerator)
             save_validation(step, prompts, before, now, args, accelerator)
     log.bar.close()
 
-    after = draw_pictures(unet, ema, pipeline, prompt_embeddings, args, accelerator)
     save_weights(unet, ema, args, accelerator)
+    after = draw_pictures(unet, ema, pipeline, prompt_embeddings, args, accelerator)
+    before = before or draw_base_pictures(unet, pipeline, prompt_embeddings, args, accelerator)
     save_validation(args.max_train_steps, prompts, before, after, args, accelerator)
     if accelerator.is_main_process:
         log.plot()

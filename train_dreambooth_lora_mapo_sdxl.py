@@ -59,6 +59,7 @@ Departures from DCO's code, whose recipe the paper follows:
 
 import argparse
 import contextlib
+import errno
 import hashlib
 import importlib.util
 import io
@@ -70,6 +71,7 @@ import re
 import shutil
 import signal
 import sys
+import tempfile
 import time
 from pathlib import Path
 from typing import NamedTuple
@@ -114,6 +116,14 @@ DEMO_SETTINGS = {
 # What --optimizer offers, and the package that it needs beside torch and transformers.
 OPTIMIZER_PACKAGES = {"adamw": None, "adamw_8bit": "bitsandbytes", "adafactor": None, "prodigy": "prodigyopt"}
 PIP_NAMES = {}
+# What a run may change when it goes on from a checkpoint. The photos may move, but they must be the same.
+FREE_SETTINGS = frozenset(
+    "output_dir cache_dir instance_data_dir config_name rejected_data_dir demo max_train_steps max_nonfinite_steps "
+    "train_batch_size gradient_accumulation_steps gradient_checkpointing compile allow_tf32 "
+    "enable_xformers_memory_efficient_attention output_kohya_format checkpointing_steps checkpoints_total_limit "
+    "resume_from_checkpoint validation_prompts validation_steps sample_batch_size logging_steps report_to push_to_hub "
+    "hub_model_id use_8bit_adam".split()
+)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -340,7 +350,10 @@ def read_prompts(parser: argparse.ArgumentParser, prompts: list[str] | None) -> 
     if prompts is not None and len(prompts) == 1 and prompts[0].endswith(".txt"):
         if not Path(prompts[0]).is_file():
             parser.error(f"--validation_prompts {prompts[0]}: no such file")
-        lines = Path(prompts[0]).read_text(encoding="utf-8").splitlines()
+        try:
+            lines = Path(prompts[0]).read_text(encoding="utf-8").splitlines()
+        except UnicodeDecodeError as error:
+            parser.error(f"--validation_prompts {prompts[0]}: {error}; save it as UTF-8")
         prompts = [line.strip() for line in lines if line.strip()]
         if not prompts:
             parser.error("--validation_prompts: the file has no line")
@@ -351,7 +364,33 @@ def read_prompts(parser: argparse.ArgumentParser, prompts: list[str] | None) -> 
 
 def fail(message: str) -> None:
     """Ends every process with one line; exit code 1."""
+    for bar in list(tqdm._instances):  # else the line would stand behind a bar, or before it
+        bar.close()
     sys.exit(f"{Path(__file__).name}: error: {message}")
+
+
+@contextlib.contextmanager
+def full_disk_ends_in_one_line():
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        if not is_full_disk(error):
+            raise
+        fail(
+            f"--output_dir or --cache_dir: {root_cause(error)}; make room or name other folders, then go on with "
+            "--resume_from_checkpoint latest"
+        )
+
+
+def is_full_disk(error: BaseException) -> bool:
+    reasons = [os.strerror(number) for number in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)]
+    return any(reason in str(root_cause(error)) for reason in reasons)
+
+
+def root_cause(error: BaseException) -> BaseException:
+    while error.__cause__ is not None:
+        error = error.__cause__
+    return error
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -380,7 +419,8 @@ def load_frozen_models(args: argparse.Namespace, device: torch.device, weight_dt
         fail(f"--pretrained_model_name_or_path {args.pretrained_model_name_or_path}: {first_line(error)}")
     pipeline.set_progress_bar_config(disable=True)
     pipeline.to(device)
-    pipeline.vae.to(torch.float32)  # SDXL's own VAE overflows in fp16
+    # In fp32, as SDXL's own VAE overflows in fp16; channels last, as convolutions of few channels are faster so.
+    pipeline.vae.to(torch.float32, memory_format=torch.channels_last)
     for model in (pipeline.vae, pipeline.text_encoder, pipeline.text_encoder_2):
         model.requires_grad_(False).eval()
     return pipeline
@@ -617,6 +657,21 @@ def load_photos(args: argparse.Namespace) -> list[Photo]:
     return photos
 
 
+def check_photos(photos: list[Photo], checkpoint: Path | None, args, accelerator: Accelerator) -> None:
+    """Fills in the batch that is the whole set; ends the run where processes or checkpoint don't go with it."""
+    if is_sharded(accelerator):
+        fail(f"{accelerator.distributed_type.value}: a LoRA needs no sharding; take configs/ddp.yaml")
+    if args.train_batch_size is None:
+        args.train_batch_size = -(-len(photos) // (accelerator.num_processes * args.gradient_accumulation_steps))
+    args.pairs = hash_of(*((p.name, p.caption, p.base_caption, p.picture.tobytes()) for p in photos))
+    check_resumption(checkpoint, args, accelerator)
+    if checkpoint and json.loads((checkpoint / "state.json").read_text())["settings"]["pairs"] != args.pairs:
+        fail(
+            f"--instance_data_dir {args.instance_data_dir}: its photos or captions aren't those of "
+            f"{checkpoint.name}; restore them, or start anew in another --output_dir"
+        )
+
+
 def read_picture(file: Path, flag: str) -> Image.Image:
     try:
         return decode_picture(str(file))
@@ -812,7 +867,7 @@ def hash_of(*parts) -> str:
     for part in parts:
         if isinstance(part, torch.nn.Module):
             for tensor in part.state_dict().values():
-                digest.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy())
+                digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
         else:
             digest.update(part if isinstance(part, bytes) else repr(part).encode())
         digest.update(b"\0")
@@ -1026,7 +1081,7 @@ def save_checkpoint(step: int, args: argparse.Namespace, accelerator: Accelerato
         accelerator.wait_for_everyone()
         if accelerator.is_main_process:
             sizes = {str(p.relative_to(aside)): p.stat().st_size for p in aside.rglob("*") if p.is_file()}
-            state = {"step": step, "sizes": sizes, "settings": public_settings(args)}
+            state = {"step": step, "sizes": sizes, **describe_run(args, accelerator)}
             (aside / "state.json").write_text(json.dumps(state, indent=2))
             shutil.rmtree(folder, ignore_errors=True)
             os.replace(aside, folder)
@@ -1045,6 +1100,37 @@ def save_checkpoint(step: int, args: argparse.Namespace, accelerator: Accelerato
 
 def public_settings(args: argparse.Namespace) -> dict:
     return {name: value for name, value in sorted(vars(args).items()) if name != "hub_token" and value is not None}
+
+
+def describe_run(args: argparse.Namespace, accelerator: Accelerator) -> dict:
+    processes = accelerator.num_processes
+    return {
+        "settings": public_settings(args),
+        "global_batch": args.train_batch_size * args.gradient_accumulation_steps * processes,
+        "kind": f"{accelerator.distributed_type.value} with {processes}" if is_sharded(accelerator) else "replicas",
+    }
+
+
+def check_resumption(checkpoint: Path | None, args: argparse.Namespace, accelerator: Accelerator) -> None:
+    """Ends the run with one line where it can't go on as the checkpoint's run would have."""
+    if checkpoint is None:
+        return
+    then, now = json.loads((checkpoint / "state.json").read_text()), describe_run(args, accelerator)
+    advice = "go on as before, or start anew in another --output_dir"
+    for name in sorted((then["settings"].keys() | now["settings"].keys()) - FREE_SETTINGS):
+        old, new = then["settings"].get(name), now["settings"].get(name)
+        if name != "pairs" and old != new:
+            fail(f"--{name} {new}: {checkpoint.name} was trained with {old}; {advice}")
+    if then["global_batch"] != now["global_batch"]:
+        fail(
+            f"--train_batch_size {args.train_batch_size} x --gradient_accumulation_steps "
+            f"{args.gradient_accumulation_steps} x {accelerator.num_processes} processes is {now['global_batch']}: "
+            f"{checkpoint.name} was trained with {then['global_batch']}; {advice}"
+        )
+    if then["kind"] != now["kind"]:
+        fail(f"--resume_from_checkpoint {checkpoint}: of {then['kind']}, but this is {now['kind']}; {advice}")
+    if then["step"] > args.max_train_steps:
+        fail(f"--max_train_steps {args.max_train_steps}: {checkpoint.name} is beyond it; name more steps")
 
 
 def find_checkpoint(args: argparse.Namespace) -> Path | None:
@@ -1101,9 +1187,11 @@ class MetricsLog:
         self.skipped_in_a_row = 0
         if accelerator.is_main_process:
             if first_step and self.path.exists():  # what an unbroken run would have written by now
-                lines = self.path.read_text().splitlines()
-                self.history = [r for r in map(json.loads, lines) if r["step"] <= first_step]
-            self.path.write_text("".join(json.dumps(record) + "\n" for record in self.history))
+                lines = self.path.read_text().splitlines(keepends=True)
+                whole = [json.loads(line) for line in lines if line.endswith("\n")]  # a kill may halve the last
+                self.history = [record for record in whole if record["step"] <= first_step]
+            text = "".join(json.dumps(record) + "\n" for record in self.history)
+            save_aside(self.path, lambda path: path.write_text(text))
         self.bar = tqdm(
             total=args.max_train_steps, initial=first_step, desc="Training", disable=not accelerator.is_main_process
         )
@@ -1538,6 +1626,7 @@ def prepare_run(args: argparse.Namespace) -> Accelerator:
             project_dir=args.output_dir, logging_dir=os.path.join(args.output_dir, "logs")
         ),
     )
+    check_device(args, accelerator)
     logging.basicConfig(format="%(message)s", level=logging.ERROR)
     logger.setLevel(logging.INFO if accelerator.is_main_process else logging.ERROR)
     transformers.utils.logging.set_verbosity_error()
@@ -1551,9 +1640,40 @@ def prepare_run(args: argparse.Namespace) -> Accelerator:
         torch.set_float32_matmul_precision("high")
     set_seed(args.seed)
     if accelerator.is_main_process:
-        Path(args.output_dir).mkdir(parents=True, exist_ok=True)
+        check_folders(args)
     accelerator.wait_for_everyone()
     return accelerator
+
+
+def check_folders(args: argparse.Namespace) -> None:
+    """Makes the folders; ends the run with one line where they can't be made or written to."""
+    for name in ("output_dir", "cache_dir"):
+        if (folder := getattr(args, name)) is None:
+            continue
+        try:
+            Path(folder).mkdir(parents=True, exist_ok=True)
+            tempfile.TemporaryFile(dir=folder).close()
+        except OSError as error:
+            fail(f"--{name} {folder}: {error.strerror}; name a folder that can be written to")
+
+
+def check_device(args: argparse.Namespace, accelerator: Accelerator) -> None:
+    """Ends the run with one line where the processes or the device can't do what was asked for."""
+    launched = int(os.environ.get("WORLD_SIZE", 1))
+    if launched != accelerator.num_processes:  # each would train alone, into the same folder
+        fail(
+            f"{launched} processes were launched but don't find one another; without GPUs set ACCELERATE_USE_CPU=true"
+        )
+    if accelerator.device.type != "cpu":
+        return
+    if accelerator.mixed_precision == "fp16":
+        fail("--mixed_precision fp16: needs a GPU; take bf16 or no")
+    if args.enable_xformers_memory_efficient_attention:
+        fail("--enable_xformers_memory_efficient_attention: needs a GPU; leave it out")
+
+
+def is_sharded(accelerator: Accelerator) -> bool:
+    return accelerator.distributed_type in ("FSDP", "DEEPSPEED")
 
 
 def prepare_data(model, photos: list[Photo], args: argparse.Namespace, accelerator: Accelerator) -> tuple:
@@ -1565,8 +1685,6 @@ def prepare_data(model, photos: list[Photo], args: argparse.Namespace, accelerat
         )
         rejected = read_rejected(files)
     dataset = PhotoSet(photos, rejected, model.pipeline.vae, args, accelerator.device)
-    if args.train_batch_size is None:
-        args.train_batch_size = -(-len(photos) // (accelerator.num_processes * args.gradient_accumulation_steps))
     return dataset, Validation(photos, rejected, model, args, accelerator)
 
 
@@ -1622,6 +1740,7 @@ def any_process(flag: bool, accelerator: Accelerator) -> bool:
     return accelerator.reduce(torch.tensor(float(flag), device=accelerator.device), "sum").item() > 0
 
 
+@full_disk_ends_in_one_line()
 def main(args: argparse.Namespace) -> None:
     if args.demo and os.environ.get("RANK", "0") == "0":
         print(
@@ -1632,12 +1751,12 @@ def main(args: argparse.Namespace) -> None:
         )
     started = time.perf_counter()
     accelerator = prepare_run(args)
-    device = accelerator.device
+    device, checkpoint = accelerator.device, find_checkpoint(args)
     photos = load_photos(args)
     check_tokens(photos, args)
+    check_photos(photos, checkpoint, args, accelerator)
     if args.push_to_hub and accelerator.is_main_process:
         args.hub_model_id = create_repository(args)
-    checkpoint = find_checkpoint(args)
 
     weight_dtype = {"fp16": torch.float16, "bf16": torch.bfloat16}.get(accelerator.mixed_precision, torch.float32)
     pipeline = load_frozen_models(args, device, weight_dtype)

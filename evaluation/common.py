@@ -255,11 +255,13 @@ def load_pairs(source: str, flag: str, split: str = "train"):
     """
     import train_diffusion_mapo_sdxl as training
 
-    training.fail = lambda message: fail(message.replace("--dataset_name", flag))
     settings = training.parse_args(
         ["--pretrained_model_name_or_path=none", f"--dataset_name={source}", f"--dataset_split_name={split}"]
     )
-    pairs = training.PreferencePairs(training.load_dataset(settings), settings)
+    try:
+        pairs = training.PreferencePairs(training.load_dataset(settings), settings)
+    except SystemExit as stop:  # its line names a flag of the training script
+        fail(stop.code.partition("error: ")[2].replace("--dataset_name", flag))
     if len(pairs) == 0:
         fail(f"{flag} {source}: no row has a label that decides")
     check_captions(list(pairs.captions), f"{flag} {source}")

@@ -177,25 +177,24 @@ def draw(name: str, spec: dict[str, str], jobs: list[dict], log: JsonLines, fold
     if not missing:
         return
     quiet_libraries()
-    bar = tqdm(total=len(jobs), initial=len(jobs) - len(missing), desc=f"Drawing {name}", unit="picture")
     pipeline = load_pipeline(spec, args)
     options = {"height": args.resolution, "width": args.resolution, "guidance_scale": args.guidance_scale}
     options["num_inference_steps"] = args.num_inference_steps
-    for start in range(0, len(missing), args.batch_size):
-        chunk = missing[start : start + args.batch_size]
-        if args.negative_prompt is not None:
-            options["negative_prompt"] = [args.negative_prompt] * len(chunk)
-        # Noise from the CPU's generator is the same on every device and in every batch.
-        generators = [torch.Generator("cpu").manual_seed(job["noise_seed"]) for job in chunk]
-        with torch.no_grad():
-            pictures = pipeline([job["prompt"] for job in chunk], generator=generators, **options).images
-        for job, picture in zip(chunk, pictures):
-            with whole_file(folder / job["path"]) as aside:
-                picture.save(aside, "PNG")
-            if job["path"] not in logged:
-                log.add(job)
-            bar.update()
-    bar.close()
+    with tqdm(total=len(jobs), initial=len(jobs) - len(missing), desc=f"Drawing {name}", unit="picture") as bar:
+        for start in range(0, len(missing), args.batch_size):
+            chunk = missing[start : start + args.batch_size]
+            if args.negative_prompt is not None:
+                options["negative_prompt"] = [args.negative_prompt] * len(chunk)
+            # Noise from the CPU's generator is the same on every device and in every batch.
+            generators = [torch.Generator("cpu").manual_seed(job["noise_seed"]) for job in chunk]
+            with torch.no_grad():
+                pictures = pipeline([job["prompt"] for job in chunk], generator=generators, **options).images
+            for job, picture in zip(chunk, pictures):
+                with whole_file(folder / job["path"]) as aside:
+                    picture.save(aside, "PNG")
+                if job["path"] not in logged:
+                    log.add(job)
+                bar.update()
     del pipeline
     free_memory()
 

@@ -181,18 +181,18 @@ def score_all(name: str, items: list[dict], log: JsonLines, args: argparse.Names
     missing = [item for item in items if key_of(item) not in done]
     if missing:
         metric = load_metric(name, args)
-        bar = tqdm(total=len(items), initial=len(items) - len(missing), desc=f"Scoring {name}", unit="picture")
-        size = metric.model.workers if name == "judge" else args.batch_size  # a kill costs the ratings under way only
-        for start in range(0, len(missing), size):
-            chunk = missing[start : start + size]
-            scores = metric.score([item["open"]() for item in chunk], [item["prompt"] for item in chunk])
-            rows = []
-            for item, score in zip(chunk, scores.double().tolist()):
-                named = {key: value for key, value in item.items() if key != "open"}
-                rows.append({"metric": name, **named, "score": score if np.isfinite(score) else None, "how": how})
-            log.add(*rows)
-            bar.update(len(chunk))
-        bar.close()
+        with tqdm(total=len(items), initial=len(items) - len(missing), desc=f"Scoring {name}", unit="picture") as bar:
+            # As many as are asked for at a time: a kill costs the ratings under way only.
+            size = metric.model.workers if name == "judge" else args.batch_size
+            for start in range(0, len(missing), size):
+                chunk = missing[start : start + size]
+                scores = metric.score([item["open"]() for item in chunk], [item["prompt"] for item in chunk])
+                rows = []
+                for item, score in zip(chunk, scores.double().tolist()):
+                    named = {key: value for key, value in item.items() if key != "open"}
+                    rows.append({"metric": name, **named, "score": score if np.isfinite(score) else None, "how": how})
+                log.add(*rows)
+                bar.update(len(chunk))
         del metric
         free_memory()
     rows = [row for row in log.rows if row["metric"] == name]

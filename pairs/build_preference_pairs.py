@@ -259,11 +259,10 @@ def write_contexts(captions: list[str], args: argparse.Namespace, work: Path) ->
             writer = Endpoint(args.llm_endpoint, args.llm_model, args)
         else:
             writer = LocalWriter(args.llm_model, args.device)
-        bar = tqdm(total=len(captions), initial=len(done), desc="Writing contexts", unit="caption")
-        for row in do_all(write, missing, writer.workers):
-            log.add(row)
-            bar.update()
-        bar.close()
+        with tqdm(total=len(captions), initial=len(done), desc="Writing contexts", unit="caption") as bar:
+            for row in do_all(write, missing, writer.workers):
+                log.add(row)
+                bar.update()
         del writer, write
         free_memory()
     contexts = {row["row"]: row["context"] for row in log.rows if row["context"] and row["row"] < len(captions)}
@@ -371,12 +370,11 @@ def judge_sides(sides: list[dict], captions: list[str], args: argparse.Namespace
             score = judge.rate(open_picture(path, work, path), item[1])
             return {"path": path, "score": score if np.isfinite(score) else None, "how": how}
 
-        bar = tqdm(total=len(sides), initial=len(done), desc="Judging", unit="picture")
-        for row in do_all(rate, missing, judge.model.workers):
-            log.add(row)
-            done[row["path"]] = row["score"]
-            bar.update()
-        bar.close()
+        with tqdm(total=len(sides), initial=len(done), desc="Judging", unit="picture") as bar:
+            for row in do_all(rate, missing, judge.model.workers):
+                log.add(row)
+                done[row["path"]] = row["score"]
+                bar.update()
         del judge, rate
         free_memory()
     for s in sides:

@@ -10,9 +10,11 @@ import pytest
 
 
 os.environ["HF_HUB_OFFLINE"] = "1"
-os.environ["PYTHONWARNINGS"] = "default"
+os.environ.pop("PYTHONWARNINGS", None)  # what the scripts print is judged as users see it
 REPO = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(REPO))
+
+LAUNCH = [sys.executable, "-m", "accelerate.commands.launch", str(REPO / "train_diffusion_mapo_sdxl.py")]
 
 # A run of seconds; flags of a test come after these and win.
 SHORT = (
@@ -50,18 +52,13 @@ def train(hub_cache, tmp_path):
 def launch(hub_cache, tmp_path):
     """Runs the script in processes of its own, as users do; returns the finished process with its output."""
 
-    def run(*flags: str, launcher: tuple[str, ...] = (), check: bool = True) -> subprocess.CompletedProcess:
-        command = [*launch_command(*launcher), *flags, f"--cache_dir={hub_cache}"]
+    def run(*flags: str, command: list[str] = LAUNCH, check: bool = True) -> subprocess.CompletedProcess:
+        command = [*command, *flags, f"--cache_dir={hub_cache}"]
         done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=900)
         assert not check or done.returncode == 0, done.stdout + done.stderr
         return done
 
     return run
-
-
-def launch_command(*launcher: str) -> list[str]:
-    accelerate = [sys.executable, "-m", "accelerate.commands.launch", *launcher]
-    return [*accelerate, str(REPO / "train_diffusion_mapo_sdxl.py")]
 
 
 def read_weights(out: Path) -> dict:
