@@ -1,12 +1,14 @@
 """Runs the scripts on the demo as a user would, offline; all that they cache goes to a folder of the session."""
 
 import io
+import json
 import os
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -71,3 +73,21 @@ def picture_bytes(picture, kind: str = "PNG") -> bytes:
     buffer = io.BytesIO()
     picture.save(buffer, format=kind)
     return buffer.getvalue()
+
+
+@pytest.fixture
+def one_thread():
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+def start(script: str, *flags, **options) -> subprocess.Popen:
+    command = [sys.executable, str(REPO / script), *map(str, flags)]
+    options["env"] = os.environ | {"OMP_NUM_THREADS": "1"}  # threads that wait for a busy core spin for minutes
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **options)
+
+
+def rows_of(path: Path) -> list[dict]:
+    return [json.loads(line) for line in path.read_text().splitlines()]

@@ -7,7 +7,6 @@ import os
 import re
 import signal
 import subprocess
-import sys
 import time
 from pathlib import Path
 from types import SimpleNamespace
@@ -15,7 +14,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from conftest import REPO
+from conftest import REPO, rows_of, start
 from PIL import Image
 from safetensors.torch import save_file
 from scipy.special import erf
@@ -23,27 +22,14 @@ from scipy.special import erf
 from evaluation import common, compare, export_layouts, generate, metrics, reference_mismatch, score
 
 
+pytestmark = pytest.mark.usefixtures("one_thread")
 MODEL, TEST_PAIRS = str(REPO / "demo" / "sdxl-tiny-twemoji"), str(REPO / "demo" / "pairs")
 PROMPTS = ["a red apple", "rocket", "grinning face with smiling eyes"]
 MEAN, STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 def run(script, *flags) -> None:
     script.main(script.parse_args([str(flag) for flag in flags]))
-
-
-def start(script: str, *flags, **options) -> subprocess.Popen:
-    command = [sys.executable, str(REPO / script), *map(str, flags)]
-    options["env"] = os.environ | {"OMP_NUM_THREADS": "1"}  # threads that wait for a busy core spin for minutes
-    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **options)
 
 
 def error_line(process: subprocess.Popen) -> str:
@@ -51,10 +37,6 @@ def error_line(process: subprocess.Popen) -> str:
     _, said = process.communicate(timeout=120)
     assert process.returncode == 1 and "Traceback" not in said, said
     return said.strip().splitlines()[-1]
-
-
-def rows_of(path: Path) -> list[dict]:
-    return [json.loads(line) for line in path.read_text().splitlines()]
 
 
 def random_pictures(seed: int = 0) -> list[Image.Image]:

@@ -8,7 +8,6 @@ import os
 import re
 import signal
 import subprocess
-import sys
 import threading
 import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -18,45 +17,28 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import torch
-from conftest import REPO
+from conftest import REPO, rows_of, start
 from PIL import Image
 
 from evaluation import compare, generate, score
 from pairs import build_preference_pairs as pairs
 
 
+pytestmark = pytest.mark.usefixtures("one_thread")
 MODEL = str(REPO / "demo" / "sdxl-tiny-twemoji")
 DRAW = ("--resolution=64", "--num_inference_steps=2", "--guidance_scale=3", "--device=cpu")
 KEY = "sk-a-secret-of-the-user"
 CONTEXT = "A small {} stands on a wooden table beside an open window while the morning sun falls on the floor."
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 def build(*flags) -> None:
     pairs.main(pairs.parse_args([str(flag) for flag in flags]))
-
-
-def start(script: str, *flags, **options) -> subprocess.Popen:
-    command = [sys.executable, str(REPO / script), *map(str, flags)]
-    options["env"] = os.environ | {"OMP_NUM_THREADS": "1"}  # threads that wait for a busy core spin for minutes
-    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **options)
 
 
 def finish(process: subprocess.Popen) -> str:
     said, errors = process.communicate(timeout=240)
     assert process.returncode == 0, said + errors
     return said
-
-
-def rows_of(path: Path) -> list[dict]:
-    return [json.loads(line) for line in path.read_text().splitlines()]
 
 
 def read_pairs(folder: Path) -> list[dict]:

@@ -1,7 +1,6 @@
 """train_dreambooth_lora_mapo_sdxl.py as a user runs it, on the demo's model and subject; and reward_guidance.py."""
 
 import argparse
-import ast
 import json
 import math
 import os
@@ -818,77 +817,3 @@ def test_checkpoints_of_another_run_are_not_run_over(script, train, capsys):
     with pytest.raises(SystemExit):
         script.parse_args([f"--output_dir={out}"])
     assert "holds checkpoint-3 of an earlier run: continue it with --resume" in capsys.readouterr().err
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# The source
-# ---------------------------------------------------------------------------------------------------------------------
-
-# Functions and methods that bear the same name in both scripts and differ, and why.
-INTENDED_DIFFERENCES = {
-    "parse_args": "other flags",
-    "check_numbers": "other flags",
-    "check_choices": "other flags",
-    "embed_captions": "with gradients, which reach the rows of new tokens",
-    "training_step": "three losses; captions are embedded in the step",
-    "MetricsLog.__init__": "no warning of a beta that is too large: the paper's 1024 is meant",
-    "MetricsLog.flush": "the three losses have different metrics",
-    "MetricsLog.plot": "the three losses have different metrics",
-    "draw_pictures": "draws any prompts and seeds, not only the validation's",
-    "draw_grid": "rows of photos, rejected and drawn pictures",
-    "judge_demo": "other figures",
-    "save_weights": "a LoRA and tokens, no whole pipeline",
-    "save_model_card": "another card",
-    "prepare_data": "photos, no pairs",
-    "prepare_training": "rates by group, no EMA",
-    "main": "another run",
-}
-
-
-def definitions(path) -> dict[str, str]:
-    """Source of every function, method and class body, by name."""
-    source, found = path.read_text(), {}
-    for node in ast.parse(source).body:
-        parts = [node] if isinstance(node, ast.FunctionDef | ast.ClassDef) else []
-        if isinstance(node, ast.ClassDef):
-            parts = [part for part in node.body if isinstance(part, ast.FunctionDef)]
-        for part in parts:
-            name = part.name if part is node else f"{node.name}.{part.name}"
-            decorators = [ast.get_source_segment(source, decorator) for decorator in part.decorator_list]
-            found[name] = "\n".join([*decorators, ast.get_source_segment(source, part)])
-    return found
-
-
-def test_functions_of_the_same_name_are_the_same_but_for_the_intended_differences():
-    first, second = (definitions(REPO / f"train_{name}_mapo_sdxl.py") for name in ("diffusion", "dreambooth_lora"))
-    differing = {name for name in first.keys() & second.keys() if first[name] != second[name]}
-    assert differing == set(INTENDED_DIFFERENCES)
-    assert len(first.keys() & second.keys()) >= 40
-
-
-def test_the_banners_are_the_same_in_the_same_order():
-    banners = [
-        re.findall(r"^# -{100,}\n# (.+)\n# -{100,}$", (REPO / f"train_{name}_mapo_sdxl.py").read_text(), re.M)
-        for name in ("diffusion", "dreambooth_lora")
-    ]
-    assert banners[0] == banners[1] and len(banners[0]) == 9
-
-
-def test_every_flag_is_read_and_main_stays_short(script):
-    source = (REPO / "train_dreambooth_lora_mapo_sdxl.py").read_text()
-    tree = ast.parse(source)
-    read = {node.attr for node in ast.walk(tree) if isinstance(node, ast.Attribute)}
-    assert set(vars(script.parse_args([]))) - read == set(), "flags that nothing reads"
-    lengths = {n.name: n.end_lineno - n.lineno + 1 for n in tree.body if isinstance(n, ast.FunctionDef)}
-    assert lengths.pop("main") <= 140
-    lengths.pop("parse_args")
-    assert max(lengths.values()) <= 60, max(lengths, key=lengths.get)
-    loops = [n.end_lineno - n.lineno + 1 for n in ast.walk(tree) if isinstance(n, ast.For | ast.While)]
-    assert max(loops) <= 50
-
-
-def test_the_scripts_dependency_block_names_the_versions_of_requirements_txt():
-    wanted = set((REPO / "requirements.txt").read_text().split())
-    block = re.search(r"# /// script\n(.*?)# ///", (REPO / "train_dreambooth_lora_mapo_sdxl.py").read_text(), re.S)[1]
-    named_versions = set(re.findall(r'"([^"]+)"', block))
-    assert named_versions and named_versions <= wanted
