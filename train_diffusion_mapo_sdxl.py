@@ -584,22 +584,22 @@ class PreferencePairs:
         count = len(dataset)
         share = np.ones(count)
         if label_0 is not None:
-            share = read_labels(dataset[label_0], label_0)
+            share = read_labels(dataset[label_0][:], label_0)
             if label_1 is None and ((share < 0) | (share > 1)).any():
                 value = share[(share < 0) | (share > 1)][0]
                 fail(f"--label_0_column {label_0}: {value:g}; alone it's a share from 0 to 1, see --label_1_column")
-            other = 1 - share if label_1 is None else read_labels(dataset[label_1], label_1)
+            other = 1 - share if label_1 is None else read_labels(dataset[label_1][:], label_1)
             share = np.where(share == other, 0.5, np.where(np.isnan(other), np.nan, share > other))
         labelled = ~np.isnan(share)
         if "has_label" in dataset.column_names:
-            labelled &= read_labels(dataset["has_label"], "has_label") > 0
+            labelled &= read_labels(dataset["has_label"][:], "has_label") > 0
         tied = labelled & (share == 0.5)
         self.tied, self.unlabelled = int(tied.sum()), int((~labelled).sum())
         lots = np.random.default_rng((args.seed, first_row)).random((count, 2))
         winner_first = np.where(tied, lots[:, 0] < 0.5, share > 0.5) ^ (lots[:, 1] < args.label_noise_prob)
         self.rows = np.flatnonzero(labelled if args.tie_policy == "random" else labelled & ~tied)
         self.winner_first = winner_first[self.rows]
-        captions = dataset[caption]
+        captions = dataset[caption][:]  # a list: to ask a column of `datasets` for each is slow
         self.captions = [captions[i] for i in self.rows.tolist()]
         for row, text in zip(self.rows.tolist(), self.captions):
             if not isinstance(text, str):
@@ -632,7 +632,7 @@ class PreferencePairs:
         files = []
         for side in self.sides:
             named = getattr(self.dataset.features[side], "dtype", None) == "string"
-            values = self.dataset[side] if named else []
+            values = self.dataset[side][:] if named else []
             paths = [self.image_root / path for path in values if path]
             files += [(str(path), path.stat().st_mtime_ns if path.exists() else None) for path in paths]
         used = (self.rows.tobytes(), self.winner_first.tobytes())

@@ -360,7 +360,7 @@ BAD = {
         lambda p: model(p, "unet/diffusion_pytorch_model.safetensors"),
         "no weights *.safetensors in ",
     ),
-    "model: no such variant": (lambda p: [*model(p), "--variant=fp16"], "no weights *.fp16.safetensors in "),
+    "model: no such variant": (lambda p: [*model(p), "--variant=fp16"], "no weights *.fp16*.safetensors in "),
     "model: broken index": (lambda p: model(p, **{INDEX: None}), "is not a valid JSON file"),
     "model: predicts the picture": (
         lambda p: model(p, **{SCHEDULER: {"prediction_type": "sample"}}),

@@ -549,7 +549,7 @@ def test_validation_on_the_way_and_prompts_from_a_file(train, tmp_path):
     (tmp_path / "prompts.txt").write_text("rocket\n\nfox face\n", encoding="utf-8")
     out = train("--validation_steps=2", f"--validation_prompts={tmp_path / 'prompts.txt'}", "--report_to=tensorboard")
     assert [path.name for path in (out / "validation").iterdir()] == ["2.png"]
-    assert Image.open(out / "before_after.png").size == (560, 190)
+    assert Image.open(out / "before_after.png").size == (560, 194)
     assert list((out / "logs").rglob("events.out*"))
 
 
