@@ -122,8 +122,20 @@ FREE_SETTINGS = frozenset(
 # ---------------------------------------------------------------------------------------------------------------------
 
 
+class ArgumentParser(argparse.ArgumentParser):
+    """Help that says the defaults; errors in one line, without the usage before it."""
+
+    def add_argument(self, *names: str, help: str = "", **options):
+        default = options.get("default")
+        shown = default not in (None, False, argparse.SUPPRESS)
+        return super().add_argument(*names, help=f"{help} Default: {default}." if shown else help, **options)
+
+    def error(self, message: str) -> None:
+        self.exit(2, f"{self.prog}: error: {message}\n")
+
+
 def parse_args(input_args: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
 
     # Model
     parser.add_argument("--pretrained_model_name_or_path", help="SDXL on the hub or in a folder of diffusers' format.")
@@ -137,8 +149,17 @@ def parse_args(input_args: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--dataset_split_name", default="train", help="Split of the data set, or several: a+b.")
     parser.add_argument("--streaming", action="store_true", help="Read while training; encode in every step.")
     parser.add_argument("--image_root", help="Folder that relative paths of pictures in the data set start from.")
-    for name in ("caption", "chosen", "rejected", "image_0", "image_1", "label_0", "label_1"):
-        parser.add_argument(f"--{name}_column", help="Where the data set's columns aren't those of a known one.")
+    columns = {
+        "caption": "Caption.",
+        "chosen": "Chosen picture, with --rejected_column.",
+        "rejected": "Rejected picture.",
+        "image_0": "Picture 0, with --image_1_column and --label_0_column.",
+        "image_1": "Picture 1.",
+        "label_0": "Votes or score of picture 0, or alone: its share of preference, 0 to 1.",
+        "label_1": "Votes or score of picture 1.",
+    }
+    for name, what in columns.items():
+        parser.add_argument(f"--{name}_column", help=f"{what} Needed where the columns are of no known data set.")
     parser.add_argument("--tie_policy", choices=["drop", "random"], default="drop", help="random: a winner by lot.")
     parser.add_argument("--skip_unreadable", action="store_true", help="Leave out pictures that can't be read.")
     parser.add_argument("--label_noise_prob", type=float, default=0.0, help="Share of pairs to swap, by seed.")
@@ -153,7 +174,7 @@ def parse_args(input_args: list[str] | None = None) -> argparse.Namespace:
         "--cache_latents", action=argparse.BooleanOptionalAction, help="Default: on, unless streaming."
     )
     parser.add_argument("--cache_dir", help="Where downloads go, and the encoded pictures and captions.")
-    parser.add_argument("--dataloader_num_workers", type=int, default=0)
+    parser.add_argument("--dataloader_num_workers", type=int, default=0, help="Processes that read the data.")
 
     # Method
     parser.add_argument(
@@ -167,32 +188,32 @@ def parse_args(input_args: list[str] | None = None) -> argparse.Namespace:
 
     # LoRA
     parser.add_argument("--use_lora", action="store_true", help="Train a LoRA instead of all weights.")
-    parser.add_argument("--rank", type=int, default=32)
+    parser.add_argument("--rank", type=int, default=32, help="Rank of the LoRA.")
     parser.add_argument("--lora_alpha", type=float, help="Default: the rank.")
-    parser.add_argument("--lora_dropout", type=float, default=0.0)
+    parser.add_argument("--lora_dropout", type=float, default=0.0, help="Share of the LoRA's inputs.")
     parser.add_argument("--lora_layers", default="to_k,to_q,to_v,to_out.0", help="Names of layers, with commas.")
-    parser.add_argument("--use_dora", action="store_true")
+    parser.add_argument("--use_dora", action="store_true", help="Weight-decomposed LoRA.")
     parser.add_argument("--output_kohya_format", action="store_true", help="A second file for ComfyUI and A1111.")
 
     # Optimization
     parser.add_argument("--train_batch_size", type=int, default=4, help="Pairs per process and forward pass.")
-    parser.add_argument("--gradient_accumulation_steps", type=int, default=1)
+    parser.add_argument("--gradient_accumulation_steps", type=int, default=1, help="Passes before each update.")
     parser.add_argument("--max_train_steps", type=int, default=2000, help="Optimizer steps.")
     parser.add_argument("--learning_rate", type=float, help="Default: 1e-7, of a LoRA 1e-5, for prodigy 1.")
     schedules = ["linear", "cosine", "cosine_with_restarts", "polynomial", "constant", "constant_with_warmup"]
-    parser.add_argument("--lr_scheduler", default="cosine", choices=schedules)
-    parser.add_argument("--lr_warmup_steps", type=int, default=0)
-    parser.add_argument("--optimizer", choices=list(OPTIMIZER_PACKAGES), default="adamw")
+    parser.add_argument("--lr_scheduler", default="cosine", choices=schedules, help="How the rate changes.")
+    parser.add_argument("--lr_warmup_steps", type=int, default=0, help="Steps in which the rate rises from 0.")
+    parser.add_argument("--optimizer", choices=list(OPTIMIZER_PACKAGES), default="adamw", help="See the README.")
     parser.add_argument("--use_8bit_adam", action="store_true", help="The same as --optimizer adamw_8bit.")
-    parser.add_argument("--adam_beta1", type=float, default=0.9)
-    parser.add_argument("--adam_beta2", type=float, default=0.999)
-    parser.add_argument("--adam_weight_decay", type=float, default=1e-2)
-    parser.add_argument("--adam_epsilon", type=float, default=1e-8)
-    parser.add_argument("--max_grad_norm", type=float, default=1.0)
+    parser.add_argument("--adam_beta1", type=float, default=0.9, help="Decay of the mean of gradients.")
+    parser.add_argument("--adam_beta2", type=float, default=0.999, help="Decay of the mean of their squares.")
+    parser.add_argument("--adam_weight_decay", type=float, default=1e-2, help="Decoupled, times the rate.")
+    parser.add_argument("--adam_epsilon", type=float, default=1e-8, help="Added to the denominator.")
+    parser.add_argument("--max_grad_norm", type=float, default=1.0, help="Longer gradients are cut to this norm.")
     parser.add_argument("--max_nonfinite_steps", type=int, default=10, help="Stop after so many in a row.")
     parser.add_argument("--use_ema", action="store_true", help="Draw with and save a running mean of the weights.")
-    parser.add_argument("--ema_decay", type=float, default=0.9999)
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--ema_decay", type=float, default=0.9999, help="Of --use_ema, at its end.")
+    parser.add_argument("--seed", type=int, default=0, help="Of all that is random.")
 
     # Speed and memory
     parser.add_argument(
@@ -204,10 +225,12 @@ def parse_args(input_args: list[str] | None = None) -> argparse.Namespace:
         "--activation_memory_budget", type=float, help="With --compile: share of the activations to keep, 0 to 1."
     )
     parser.add_argument("--allow_tf32", action="store_true", help="TF32 matrix products on Ampere and later.")
-    parser.add_argument("--enable_xformers_memory_efficient_attention", action="store_true")
+    parser.add_argument(
+        "--enable_xformers_memory_efficient_attention", action="store_true", help="Instead of torch's."
+    )
 
     # Output
-    parser.add_argument("--output_dir", default="diffusion-mapo-sdxl")
+    parser.add_argument("--output_dir", default="diffusion-mapo-sdxl", help="Where results and checkpoints go.")
     parser.add_argument("--checkpointing_steps", type=int, default=500, help="Steps between checkpoints.")
     parser.add_argument("--checkpoints_total_limit", type=int, help="Keep the newest N checkpoints.")
     parser.add_argument("--resume_from_checkpoint", help="A checkpoint's folder, or `latest`.")
@@ -215,13 +238,15 @@ def parse_args(input_args: list[str] | None = None) -> argparse.Namespace:
         "--validation_prompts", nargs="+", help="Prompts, or a text file with one a line; default: 8 of the captions."
     )
     parser.add_argument("--validation_steps", type=int, help="Draw them every N steps too, not only before and after.")
-    parser.add_argument("--validation_guidance_scale", type=float, default=5.0)
-    parser.add_argument("--validation_inference_steps", type=int, default=25)
+    parser.add_argument("--validation_guidance_scale", type=float, default=5.0, help="Guidance of these pictures.")
+    parser.add_argument("--validation_inference_steps", type=int, default=25, help="Denoising steps of these.")
     parser.add_argument("--logging_steps", type=int, default=10, help="Steps between writes of the metrics.")
-    parser.add_argument("--report_to", choices=["none", "tensorboard", "wandb", "trackio"], default="none")
-    parser.add_argument("--push_to_hub", action="store_true")
+    parser.add_argument(
+        "--report_to", choices=["none", "tensorboard", "wandb", "trackio"], default="none", help="Tracker."
+    )
+    parser.add_argument("--push_to_hub", action="store_true", help="Upload --output_dir at the end.")
     parser.add_argument("--hub_model_id", help="Repository on the hub; default: the name of --output_dir.")
-    parser.add_argument("--hub_token")
+    parser.add_argument("--hub_token", help="Default: that of `hf auth login`.")
 
     args = parser.parse_args(input_args)
     args.demo = args.pretrained_model_name_or_path is None and args.dataset_name is None
@@ -341,6 +366,23 @@ def check_choices(parser: argparse.ArgumentParser, args: argparse.Namespace) -> 
     if args.optimizer == "adamw_bf16" and args.mixed_precision != "bf16":
         parser.error(f"--optimizer adamw_bf16 needs --mixed_precision bf16, not {args.mixed_precision}")
     args.validation_prompts = read_prompts(parser, args.validation_prompts)
+    check_output_dir(parser, args)
+
+
+def check_output_dir(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
+    """Ends the run with one line where its results would run over what it is made from, or over an earlier run."""
+    sources = (
+        "pretrained_model_name_or_path",
+        "pretrained_vae_model_name_or_path",
+        "dataset_name",
+        "instance_data_dir",
+    )
+    for name in sources:
+        source = getattr(args, name, None)
+        if source is not None and Path(source).resolve() == Path(args.output_dir).resolve():
+            parser.error(f"--output_dir {args.output_dir}: is --{name} too; name another folder")
+    if Path(args.output_dir).resolve() == DEMO.parent:
+        parser.error(f"--output_dir {args.output_dir}: holds this script; name another folder")
     checkpoints = list_checkpoints(Path(args.output_dir))
     if checkpoints and args.resume_from_checkpoint is None:
         parser.error(
@@ -388,9 +430,13 @@ def fail(message: str) -> None:
 
 
 @contextlib.contextmanager
-def full_disk_ends_in_one_line():
+def known_errors_end_in_one_line():
     try:
         yield
+    except KeyboardInterrupt:
+        fail(
+            "interrupted; the same command goes on with what is encoded, --resume_from_checkpoint latest with the rest"
+        )
     except (OSError, SafetensorError) as error:
         if not is_full_disk(error):
             raise
@@ -679,7 +725,8 @@ def load_dataset(args: argparse.Namespace):
     except Exception as error:  # readers of files raise whatever they please
         if is_full_disk(error):
             raise root_cause(error) from None
-        fail(f"--dataset_name {args.dataset_name}: {first_line(root_cause(error))}")
+        cause = "it holds no row" if isinstance(error, StopIteration) else first_line(root_cause(error))
+        fail(f"--dataset_name {args.dataset_name}: {cause}")
     if args.streaming and isinstance(dataset, datasets.Dataset):
         dataset = dataset.to_iterable_dataset()
     for column, feature in (dataset.features or {}).items():
@@ -736,6 +783,8 @@ def load_pairs(args: argparse.Namespace, accelerator: Accelerator) -> Preference
 
     name = f"reading-{hash_of(pairs.fingerprint(), args.skip_unreadable)}"
     readable = encode_once(name, {"readable": ((), "bool")}, len(pairs), read, 64, args, accelerator)["readable"]
+    empty = sum(not caption.strip() for caption in pairs.captions)
+    counts += f", {empty} with an empty caption" if empty else ""
     logger.info(f"{counts}, {int((~readable).sum())} unreadable.")
     pairs.keep(np.flatnonzero(readable))
     if len(pairs) == 0:
@@ -748,7 +797,9 @@ def can_read(pairs: PreferencePairs, i: int, args: argparse.Namespace) -> bool:
         pairs.pictures(i)
     except ValueError as error:
         if not args.skip_unreadable:
-            fail(f"{first_line(error)}; mend it (--image_root?), or leave such rows out with --skip_unreadable")
+            fail(
+                f"{first_line(error)}; mend it, see --image_root for paths, or pass --skip_unreadable to leave it out"
+            )
         return False
     return True
 
@@ -757,6 +808,8 @@ def decode_picture(value: bytes | str | dict | Image.Image, image_root: Path = P
     """File bytes, a path, `datasets`' {"bytes", "path"} or a PIL picture -> RGB, upright, transparency on white."""
     if isinstance(value, dict):
         value = value["bytes"] if value["bytes"] is not None else value["path"]
+    if value is None:
+        raise ValueError("the field is empty")
     if isinstance(value, bytes | str):
         value = Image.open(io.BytesIO(value) if isinstance(value, bytes) else image_root / value)
     picture = ImageOps.exif_transpose(value)
@@ -919,7 +972,9 @@ def encode_captions(captions: list[str], pipeline, args: argparse.Namespace, acc
         "prompt_embeds": ((pipeline.tokenizer.model_max_length, width), "float16"),
         "pooled_prompt_embeds": ((pipeline.text_encoder_2.config.projection_dim,), "float16"),
     }
-    key = hash_of(pipeline.text_encoder, pipeline.text_encoder_2, captions, "v2")
+    words = [sorted(tokenizer.get_vocab().items()) for tokenizer in (pipeline.tokenizer, pipeline.tokenizer_2)]
+    zeros = pipeline.config.force_zeros_for_empty_prompt
+    key = hash_of(pipeline.text_encoder, pipeline.text_encoder_2, words, zeros, captions, "v2")
     return encode_once(f"captions-{key}", arrays, len(captions), encode, 64, args, accelerator)
 
 
@@ -1233,9 +1288,9 @@ class MetricsLog:
         if accelerator.is_main_process:
             if first_step and self.path.exists():  # what an unbroken run would have written by now
                 lines = self.path.read_text().splitlines(keepends=True)
-                whole = [json.loads(line) for line in lines if line.endswith("\n")]  # a kill may halve the last
+                whole = [from_line(line) for line in lines if line.endswith("\n")]  # a kill may halve the last
                 self.history = [record for record in whole if record["step"] <= first_step]
-            text = "".join(json.dumps(record) + "\n" for record in self.history)
+            text = "".join(map(to_line, self.history))
             save_aside(self.path, lambda path: path.write_text(text))
         self.bar = tqdm(
             total=args.max_train_steps, initial=first_step, desc="Training", disable=not accelerator.is_main_process
@@ -1272,7 +1327,7 @@ class MetricsLog:
         self.pending, self.clock = [], now
         if self.accelerator.is_main_process:
             with open(self.path, "a") as file:
-                file.writelines(json.dumps(record) + "\n" for record in records)
+                file.writelines(map(to_line, records))
         for record in records:
             self.accelerator.log({k: v for k, v in record.items() if k != "step"}, step=record["step"])
         self.history += records
@@ -1281,6 +1336,14 @@ class MetricsLog:
         shown = {"margin": "margin", "acc": "accuracy", "weight": "margin_weight", "pairs/s": "pairs_per_second"}
         means = {k: sum(r[name] for r in records) / len(records) for k, name in ({"loss": "loss"} | shown).items()}
         self.bar.set_postfix({short: f"{value:.3g}" for short, value in means.items()})
+
+    def close(self) -> None:
+        self.bar.close()
+        if self.skipped_in_a_row:
+            logger.info(
+                f"The last {self.skipped_in_a_row} steps weren't finite: the weights are likely ruined. "
+                "Try a lower --learning_rate."
+            )
 
     def warn_of_saturation(self) -> None:
         recent = [record["margin_weight"] for record in self.history[-100:]]
@@ -1301,7 +1364,8 @@ class MetricsLog:
         from matplotlib import pyplot as plt
 
         figure, axes = plt.subplots(2, 2, figsize=(10, 6), layout="constrained")
-        steps = [record["step"] for record in self.history]
+        history = [record for record in self.history if math.isfinite(record["loss"])] or self.history
+        steps = [record["step"] for record in history]
         curves = {
             "loss": "loss (eq. 5)",
             "margin": "margin: score_w - score_l",
@@ -1310,7 +1374,7 @@ class MetricsLog:
         }
         window = max(1, len(steps) // 20)
         for axis, (name, title) in zip(axes.flat, curves.items()):
-            values = np.array([record[name] for record in self.history])
+            values = np.array([record[name] for record in history])
             axis.plot(steps, values, color="tab:blue", alpha=0.3, linewidth=0.8)
             smooth = np.convolve(values, np.ones(window) / window, mode="valid")
             axis.plot(steps[window - 1 :], smooth, color="tab:blue", label=f"mean of {window}")
@@ -1318,6 +1382,15 @@ class MetricsLog:
         axes[0, 0].legend()
         save_aside(self.path.with_name("curves.png"), lambda path: figure.savefig(path, dpi=110))
         plt.close(figure)
+
+
+def to_line(record: dict[str, float]) -> str:
+    """JSON, which has no NaN and no infinity: null."""
+    return json.dumps({name: value if math.isfinite(value) else None for name, value in record.items()}) + "\n"
+
+
+def from_line(line: str) -> dict[str, float]:
+    return {name: math.nan if value is None else value for name, value in json.loads(line).items()}
 
 
 def peak_memory_gb(device: torch.device) -> float:
@@ -1540,10 +1613,13 @@ def save_pipeline(state: dict[str, torch.Tensor], args: argparse.Namespace) -> N
 def save_model_card(prompts: list[str], result: str, args: argparse.Namespace) -> None:
     from huggingface_hub import ModelCard, ModelCardData
 
-    settings = "\n".join(f"| `{name}` | `{value}` |" for name, value in public_settings(args).items())
+    settings = "\n".join(
+        f"| `{name}` | `{value}` |" for name, value in public_settings(args).items() if name != "cache_dir"
+    )
     where = args.hub_model_id or args.output_dir
     tuned = where if not args.use_lora else args.pretrained_model_name_or_path
     load_lora = f'pipeline.load_lora_weights("{where}")\n' if args.use_lora else ""
+    measured = f"```\n{result}\n```" if result else ""
     description = f"""
 # {Path(where).name}
 
@@ -1552,7 +1628,7 @@ SDXL's UNet, tuned on preference pairs with [MaPO](https://huggingface.co/papers
 - base model: `{args.pretrained_model_name_or_path}`
 - preference pairs: `{args.dataset_name}`
 
-{result}
+{measured}
 
 ![before and after](before_after.png)
 
@@ -1775,6 +1851,7 @@ def prepare_training(unet, checkpoint: Path | None, args: argparse.Namespace, ac
     if checkpoint is None:
         return unet, optimizer, lr_scheduler, ema, 0
     accelerator.load_state(str(checkpoint))
+    accelerator.step = 0  # of micro-batches: the checkpoint stands at a step's end, and accumulation may have changed
     if ema is not None:
         ema.to(accelerator.device)
     logger.info(f"Resumed from {checkpoint}.")
@@ -1808,7 +1885,7 @@ def clip_gradients(unet, args: argparse.Namespace, accelerator: Accelerator) -> 
     return torch.as_tensor(norm, device=accelerator.device)  # DeepSpeed has clipped, stepped and returns a number
 
 
-@full_disk_ends_in_one_line()
+@known_errors_end_in_one_line()
 def main(args: argparse.Namespace) -> None:
     if args.demo and os.environ.get("RANK", "0") == "0":
         print(
@@ -1844,9 +1921,8 @@ def main(args: argparse.Namespace) -> None:
             skip = False
             if accelerator.sync_gradients:
                 grad_norm = clip_gradients(unet, args, accelerator)
-                # fp16 has its own guard: its scaler skips such steps, and the first ones are meant to be.
-                skip = accelerator.scaler is None and not bool(grad_norm.isfinite())
-            if not skip:
+                skip = not bool(grad_norm.isfinite())
+            if not skip or accelerator.scaler is not None:  # fp16's scaler skips such a step and lowers its scale
                 optimizer.step()
             optimizer.zero_grad()
         if not accelerator.sync_gradients:
@@ -1857,7 +1933,9 @@ def main(args: argparse.Namespace) -> None:
             ema.step(trainable(unet, accelerator))
         log.end_step(step, grad_norm, lr_scheduler.get_last_lr()[0], skip)
         stop = any_process(bool(signals), accelerator)
-        lost = log.skipped_in_a_row >= args.max_nonfinite_steps
+        lost = log.skipped_in_a_row >= args.max_nonfinite_steps + (
+            20 if accelerator.scaler else 0
+        )  # to find its scale
         if step % args.checkpointing_steps == 0 or stop or lost:
             log.flush()
             saved = save_checkpoint(step, args, accelerator)
@@ -1873,7 +1951,7 @@ def main(args: argparse.Namespace) -> None:
             before = before or draw_base_pictures(unet, pipeline, prompt_embeddings, args, accelerator)
             now = draw_pictures(unet, ema, pipeline, prompt_embeddings, args, accelerator)
             save_validation(step, prompts, before, now, args, accelerator)
-    log.bar.close()
+    log.close()
 
     save_weights(unet, ema, args, accelerator)
     after = draw_pictures(unet, ema, pipeline, prompt_embeddings, args, accelerator)

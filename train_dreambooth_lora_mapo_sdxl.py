@@ -131,8 +131,20 @@ FREE_SETTINGS = frozenset(
 # ---------------------------------------------------------------------------------------------------------------------
 
 
+class ArgumentParser(argparse.ArgumentParser):
+    """Help that says the defaults; errors in one line, without the usage before it."""
+
+    def add_argument(self, *names: str, help: str = "", **options):
+        default = options.get("default")
+        shown = default not in (None, False, argparse.SUPPRESS)
+        return super().add_argument(*names, help=f"{help} Default: {default}." if shown else help, **options)
+
+    def error(self, message: str) -> None:
+        self.exit(2, f"{self.prog}: error: {message}\n")
+
+
 def parse_args(input_args: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
 
     # Model
     parser.add_argument("--pretrained_model_name_or_path", help="SDXL on the hub or in a folder of diffusers' format.")
@@ -162,43 +174,43 @@ def parse_args(input_args: list[str] | None = None) -> argparse.Namespace:
     )
 
     # Method
-    parser.add_argument("--loss_type", choices=["mapo", "dco", "dreambooth"], default="mapo")
+    parser.add_argument("--loss_type", choices=["mapo", "dco", "dreambooth"], default="mapo", help="See above.")
     parser.add_argument("--beta_mapo", type=float, default=1024.0, help="beta of eq. 5-7.")
     parser.add_argument("--snr_value", type=float, default=0.5, help="s of Appendix A, which scales the losses.")
     parser.add_argument("--beta_dco", type=float, default=1000.0, help="beta of DCO's loss.")
     parser.add_argument("--with_prior_preservation", action="store_true", help="DreamBooth's, on rejected pictures.")
-    parser.add_argument("--prior_loss_weight", type=float, default=1.0)
+    parser.add_argument("--prior_loss_weight", type=float, default=1.0, help="Weight of --with_prior_preservation.")
     parser.add_argument("--noise_offset", type=float, default=0.0, help="Scale of noise that a whole channel shares.")
 
     # LoRA
-    parser.add_argument("--rank", type=int, default=32)
+    parser.add_argument("--rank", type=int, default=32, help="Rank of the LoRA.")
     parser.add_argument("--lora_alpha", type=float, help="Default: the rank.")
-    parser.add_argument("--lora_dropout", type=float, default=0.0)
+    parser.add_argument("--lora_dropout", type=float, default=0.0, help="Share of the LoRA's inputs.")
     parser.add_argument("--lora_layers", default="to_k,to_q,to_v,to_out.0", help="Names of layers, with commas.")
     parser.add_argument("--train_text_encoder", action="store_true", help="A LoRA on both text encoders too.")
-    parser.add_argument("--use_dora", action="store_true")
+    parser.add_argument("--use_dora", action="store_true", help="Weight-decomposed LoRA.")
     parser.add_argument("--output_kohya_format", action="store_true", help="A second file for ComfyUI and A1111.")
 
     # Optimization
     parser.add_argument("--train_batch_size", type=int, help="Photos per process and pass. Default: the whole set.")
-    parser.add_argument("--gradient_accumulation_steps", type=int, default=1)
+    parser.add_argument("--gradient_accumulation_steps", type=int, default=1, help="Passes before each update.")
     parser.add_argument("--max_train_steps", type=int, default=2000, help="Optimizer steps.")
     parser.add_argument("--learning_rate", type=float, help="Of the UNet's LoRA. Default: 5e-5, for prodigy 1.")
     parser.add_argument(
         "--text_encoder_lr", type=float, help="Of new tokens and text encoders' LoRA. Default: 5e-6, for prodigy 1."
     )
     schedules = ["linear", "cosine", "cosine_with_restarts", "polynomial", "constant", "constant_with_warmup"]
-    parser.add_argument("--lr_scheduler", default="constant", choices=schedules)
-    parser.add_argument("--lr_warmup_steps", type=int, default=0)
-    parser.add_argument("--optimizer", choices=list(OPTIMIZER_PACKAGES), default="adamw")
+    parser.add_argument("--lr_scheduler", default="constant", choices=schedules, help="How the rate changes.")
+    parser.add_argument("--lr_warmup_steps", type=int, default=0, help="Steps in which the rate rises from 0.")
+    parser.add_argument("--optimizer", choices=list(OPTIMIZER_PACKAGES), default="adamw", help="See the README.")
     parser.add_argument("--use_8bit_adam", action="store_true", help="The same as --optimizer adamw_8bit.")
-    parser.add_argument("--adam_beta1", type=float, default=0.9)
-    parser.add_argument("--adam_beta2", type=float, default=0.999)
-    parser.add_argument("--adam_weight_decay", type=float, default=1e-4)
-    parser.add_argument("--adam_epsilon", type=float, default=1e-8)
-    parser.add_argument("--max_grad_norm", type=float, default=1.0)
+    parser.add_argument("--adam_beta1", type=float, default=0.9, help="Decay of the mean of gradients.")
+    parser.add_argument("--adam_beta2", type=float, default=0.999, help="Decay of the mean of their squares.")
+    parser.add_argument("--adam_weight_decay", type=float, default=1e-4, help="Decoupled, times the rate.")
+    parser.add_argument("--adam_epsilon", type=float, default=1e-8, help="Added to the denominator.")
+    parser.add_argument("--max_grad_norm", type=float, default=1.0, help="Longer gradients are cut to this norm.")
     parser.add_argument("--max_nonfinite_steps", type=int, default=10, help="Stop after so many in a row.")
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--seed", type=int, default=0, help="Of all that is random.")
 
     # Speed and memory
     parser.add_argument(
@@ -207,10 +219,12 @@ def parse_args(input_args: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--gradient_checkpointing", action="store_true", help="Less memory, a third more compute.")
     parser.add_argument("--compile", action="store_true", help="Compile the blocks of the UNet.")
     parser.add_argument("--allow_tf32", action="store_true", help="TF32 matrix products on Ampere and later.")
-    parser.add_argument("--enable_xformers_memory_efficient_attention", action="store_true")
+    parser.add_argument(
+        "--enable_xformers_memory_efficient_attention", action="store_true", help="Instead of torch's."
+    )
 
     # Output
-    parser.add_argument("--output_dir", default="dreambooth-lora-mapo-sdxl")
+    parser.add_argument("--output_dir", default="dreambooth-lora-mapo-sdxl", help="Where results go.")
     parser.add_argument("--checkpointing_steps", type=int, default=500, help="Steps between checkpoints.")
     parser.add_argument("--checkpoints_total_limit", type=int, help="Keep the newest N checkpoints.")
     parser.add_argument("--resume_from_checkpoint", help="A checkpoint's folder, or `latest`.")
@@ -222,10 +236,12 @@ def parse_args(input_args: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--num_inference_steps", type=int, default=25, help="Of all pictures that the run draws.")
     parser.add_argument("--sample_batch_size", type=int, default=4, help="Pictures drawn at once.")
     parser.add_argument("--logging_steps", type=int, default=10, help="Steps between writes of the metrics.")
-    parser.add_argument("--report_to", choices=["none", "tensorboard", "wandb", "trackio"], default="none")
-    parser.add_argument("--push_to_hub", action="store_true")
+    parser.add_argument(
+        "--report_to", choices=["none", "tensorboard", "wandb", "trackio"], default="none", help="Tracker."
+    )
+    parser.add_argument("--push_to_hub", action="store_true", help="Upload --output_dir at the end.")
     parser.add_argument("--hub_model_id", help="Repository on the hub; default: the name of --output_dir.")
-    parser.add_argument("--hub_token")
+    parser.add_argument("--hub_token", help="Default: that of `hf auth login`.")
 
     args = parser.parse_args(input_args)
     args.demo = args.pretrained_model_name_or_path is None and args.instance_data_dir is None
@@ -319,16 +335,33 @@ def check_choices(parser: argparse.ArgumentParser, args: argparse.Namespace) -> 
         if path is not None and Path(path).exists() and not Path(path).is_dir():
             parser.error(f"--{name} {path}: is a file; name a folder")
     args.validation_prompts = read_prompts(parser, args.validation_prompts)
+    check_output_dir(parser, args)
+
+
+def uses_rejected(args: argparse.Namespace) -> bool:
+    return args.loss_type == "mapo" or args.with_prior_preservation
+
+
+def check_output_dir(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
+    """Ends the run with one line where its results would run over what it is made from, or over an earlier run."""
+    sources = (
+        "pretrained_model_name_or_path",
+        "pretrained_vae_model_name_or_path",
+        "dataset_name",
+        "instance_data_dir",
+    )
+    for name in sources:
+        source = getattr(args, name, None)
+        if source is not None and Path(source).resolve() == Path(args.output_dir).resolve():
+            parser.error(f"--output_dir {args.output_dir}: is --{name} too; name another folder")
+    if Path(args.output_dir).resolve() == DEMO.parent:
+        parser.error(f"--output_dir {args.output_dir}: holds this script; name another folder")
     checkpoints = list_checkpoints(Path(args.output_dir))
     if checkpoints and args.resume_from_checkpoint is None:
         parser.error(
             f"--output_dir {args.output_dir} holds {checkpoints[-1].name} of an earlier run: continue it with "
             "--resume_from_checkpoint latest, or name another folder"
         )
-
-
-def uses_rejected(args: argparse.Namespace) -> bool:
-    return args.loss_type == "mapo" or args.with_prior_preservation
 
 
 def check_packages(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
@@ -370,9 +403,13 @@ def fail(message: str) -> None:
 
 
 @contextlib.contextmanager
-def full_disk_ends_in_one_line():
+def known_errors_end_in_one_line():
     try:
         yield
+    except KeyboardInterrupt:
+        fail(
+            "interrupted; the same command goes on with what is encoded, --resume_from_checkpoint latest with the rest"
+        )
     except (OSError, SafetensorError) as error:
         if not is_full_disk(error):
             raise
@@ -823,6 +860,8 @@ def decode_picture(value: bytes | str | dict | Image.Image, image_root: Path = P
     """File bytes, a path, `datasets`' {"bytes", "path"} or a PIL picture -> RGB, upright, transparency on white."""
     if isinstance(value, dict):
         value = value["bytes"] if value["bytes"] is not None else value["path"]
+    if value is None:
+        raise ValueError("the field is empty")
     if isinstance(value, bytes | str):
         value = Image.open(io.BytesIO(value) if isinstance(value, bytes) else image_root / value)
     picture = ImageOps.exif_transpose(value)
@@ -1188,9 +1227,9 @@ class MetricsLog:
         if accelerator.is_main_process:
             if first_step and self.path.exists():  # what an unbroken run would have written by now
                 lines = self.path.read_text().splitlines(keepends=True)
-                whole = [json.loads(line) for line in lines if line.endswith("\n")]  # a kill may halve the last
+                whole = [from_line(line) for line in lines if line.endswith("\n")]  # a kill may halve the last
                 self.history = [record for record in whole if record["step"] <= first_step]
-            text = "".join(json.dumps(record) + "\n" for record in self.history)
+            text = "".join(map(to_line, self.history))
             save_aside(self.path, lambda path: path.write_text(text))
         self.bar = tqdm(
             total=args.max_train_steps, initial=first_step, desc="Training", disable=not accelerator.is_main_process
@@ -1227,7 +1266,7 @@ class MetricsLog:
         self.pending, self.clock = [], now
         if self.accelerator.is_main_process:
             with open(self.path, "a") as file:
-                file.writelines(json.dumps(record) + "\n" for record in records)
+                file.writelines(map(to_line, records))
         for record in records:
             self.accelerator.log({k: v for k, v in record.items() if k != "step"}, step=record["step"])
         self.history += records
@@ -1237,6 +1276,14 @@ class MetricsLog:
         means = {short: sum(r[name] for r in records) / len(records) for short, name in shown.items()}
         self.bar.set_postfix({short: f"{value:.3g}" for short, value in means.items()})
 
+    def close(self) -> None:
+        self.bar.close()
+        if self.skipped_in_a_row:
+            logger.info(
+                f"The last {self.skipped_in_a_row} steps weren't finite: the weights are likely ruined. "
+                "Try a lower --learning_rate."
+            )
+
     def plot(self) -> None:
         """curves.png: what the loss is made of."""
         import matplotlib
@@ -1245,12 +1292,13 @@ class MetricsLog:
         from matplotlib import pyplot as plt
 
         figure, axes = plt.subplots(2, 3, figsize=(15, 6), layout="constrained")
-        steps = [record["step"] for record in self.history]
+        history = [record for record in self.history if math.isfinite(record["loss"])] or self.history
+        steps = [record["step"] for record in history]
         curves = {"loss": f"loss ({self.args.loss_type})"} | {name: name.replace("_", " ") for name in self.names}
         curves = {name: title for name, title in curves.items() if not name.startswith("score")}
         window = max(1, len(steps) // 20)
         for axis, (name, title) in zip(axes.flat, list(curves.items())[: axes.size]):
-            values = np.array([record[name] for record in self.history])
+            values = np.array([record[name] for record in history])
             axis.plot(steps, values, color="tab:blue", alpha=0.3, linewidth=0.8)
             smooth = np.convolve(values, np.ones(window) / window, mode="valid")
             axis.plot(steps[window - 1 :], smooth, color="tab:blue", label=f"mean of {window}")
@@ -1258,6 +1306,15 @@ class MetricsLog:
         axes[0, 0].legend()
         save_aside(self.path.with_name("curves.png"), lambda path: figure.savefig(path, dpi=110))
         plt.close(figure)
+
+
+def to_line(record: dict[str, float]) -> str:
+    """JSON, which has no NaN and no infinity: null."""
+    return json.dumps({name: value if math.isfinite(value) else None for name, value in record.items()}) + "\n"
+
+
+def from_line(line: str) -> dict[str, float]:
+    return {name: math.nan if value is None else value for name, value in json.loads(line).items()}
 
 
 def peak_memory_gb(device: torch.device) -> float:
@@ -1527,10 +1584,13 @@ picture = pipeline({prompt!r}, height={args.resolution}, width={args.resolution}
 def save_model_card(prompt: str, result: str, args: argparse.Namespace) -> None:
     from huggingface_hub import ModelCard, ModelCardData
 
-    settings = "\n".join(f"| `{name}` | `{value}` |" for name, value in public_settings(args).items())
+    settings = "\n".join(
+        f"| `{name}` | `{value}` |" for name, value in public_settings(args).items() if name != "cache_dir"
+    )
     title = Path(args.hub_model_id or args.output_dir).name
     started = "".join(f"- `{t}` started as `{w}`\n" for t, w in zip(args.token or (), args.initializer_token or ()))
     method = {"mapo": f"MaPO, beta {args.beta_mapo:g}", "dco": f"DCO, beta {args.beta_dco:g}"}.get(args.loss_type)
+    measured = f"```\n{result}\n```" if result else ""
     description = f"""
 # {title}
 
@@ -1539,7 +1599,7 @@ A LoRA of SDXL{f" and the token `{' '.join(args.token)}`" if args.token else ""}
 
 - base model: `{args.pretrained_model_name_or_path}`
 {started}
-{result}
+{measured}
 
 ![before and after](before_after.png)
 
@@ -1702,6 +1762,7 @@ def prepare_training(model, dataset: PhotoSet, checkpoint: Path | None, args, ac
     if checkpoint is None:
         return model, optimizer, lr_scheduler, 0
     accelerator.load_state(str(checkpoint))
+    accelerator.step = 0  # of micro-batches: the checkpoint stands at a step's end, and accumulation may have changed
     logger.info(f"Resumed from {checkpoint}.")
     return model, optimizer, lr_scheduler, json.loads((checkpoint / "state.json").read_text())["step"]
 
@@ -1740,7 +1801,7 @@ def any_process(flag: bool, accelerator: Accelerator) -> bool:
     return accelerator.reduce(torch.tensor(float(flag), device=accelerator.device), "sum").item() > 0
 
 
-@full_disk_ends_in_one_line()
+@known_errors_end_in_one_line()
 def main(args: argparse.Namespace) -> None:
     if args.demo and os.environ.get("RANK", "0") == "0":
         print(
@@ -1776,9 +1837,8 @@ def main(args: argparse.Namespace) -> None:
             skip = False
             if accelerator.sync_gradients:
                 grad_norm = accelerator.clip_grad_norm_(model.parameters(), args.max_grad_norm)
-                # fp16 has its own guard: its scaler skips such steps, and the first ones are meant to be.
-                skip = accelerator.scaler is None and not bool(grad_norm.isfinite())
-            if not skip:
+                skip = not bool(grad_norm.isfinite())
+            if not skip or accelerator.scaler is not None:  # fp16's scaler skips such a step and lowers its scale
                 optimizer.step()
                 unwrap(model, accelerator).restore_norms()
             optimizer.zero_grad()
@@ -1790,7 +1850,9 @@ def main(args: argparse.Namespace) -> None:
         if args.refresh_rejected_steps and step % args.refresh_rejected_steps == 0 and step < args.max_train_steps:
             refresh_rejected(step, model, dataset, args, accelerator)
         stop = any_process(bool(signals), accelerator)
-        lost = log.skipped_in_a_row >= args.max_nonfinite_steps
+        lost = log.skipped_in_a_row >= args.max_nonfinite_steps + (
+            20 if accelerator.scaler else 0
+        )  # to find its scale
         if step % args.checkpointing_steps == 0 or stop or lost:
             log.flush()
             saved = save_checkpoint(step, args, accelerator)
@@ -1804,7 +1866,7 @@ def main(args: argparse.Namespace) -> None:
             return accelerator.end_training()
         if args.validation_steps and step % args.validation_steps == 0 and step < args.max_train_steps:
             validation.save(step, model)
-    log.bar.close()
+    log.close()
 
     save_weights(model, args, accelerator)
     result = validation.save(args.max_train_steps, model)

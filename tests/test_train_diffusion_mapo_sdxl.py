@@ -582,6 +582,20 @@ def largest_difference(a: dict, b: dict) -> float:
     return max((a[name] - b[name]).abs().max().item() for name in a)
 
 
+def test_a_run_that_goes_on_with_another_accumulation_takes_the_same_batches(train):
+    """accelerate's own count of micro-batches is in the checkpoint: at 12, accumulation of 8 would stop after 4."""
+    first = ["--checkpointing_steps=3", "--max_train_samples=16", "--lr_scheduler=constant", "--logging_steps=1"]
+    two, one = [
+        ["--train_batch_size=2", "--gradient_accumulation_steps=4"],
+        ["--train_batch_size=1", "--gradient_accumulation_steps=8"],
+    ]
+    unbroken = train(*first, *two, "--max_train_steps=5", output_dir="unbroken")
+    train(*first, *two, "--max_train_steps=3", output_dir="split")
+    split = train(*first, *one, "--max_train_steps=5", "--resume_from_checkpoint=latest", output_dir="split")
+    losses = [[json.loads(line)["loss"] for line in (out / "metrics.jsonl").open()] for out in (unbroken, split)]
+    assert losses[1] == pytest.approx(losses[0], rel=1e-3) and len(losses[1]) == 5
+
+
 def test_accumulation_equals_the_big_batch(train):
     big = read_weights(train(*SMOOTH, output_dir="big"))
     small = read_weights(train(*SMOOTH, "--train_batch_size=2", "--gradient_accumulation_steps=2", output_dir="small"))
@@ -683,8 +697,8 @@ def test_a_bad_flag_ends_in_one_line(flags, message, capsys):
 
     with pytest.raises(SystemExit) as stop:
         script.parse_args(flags)
-    last = capsys.readouterr().err.strip().splitlines()[-1]
-    assert stop.value.code == 2 and message in last
+    said = capsys.readouterr().err
+    assert stop.value.code == 2 and message in said and said.count("\n") == 1
 
 
 BAD_DATA = {
@@ -736,3 +750,41 @@ def test_resuming_from_what_is_no_checkpoint_ends_in_one_line(train, tmp_path):
     with pytest.raises(SystemExit) as stop:
         train(f"--resume_from_checkpoint={tmp_path}")
     assert f"--resume_from_checkpoint {tmp_path}: no whole checkpoint" in stop.value.code
+
+
+def test_results_do_not_run_over_what_they_are_made_from(tmp_path, capsys):
+    import train_diffusion_mapo_sdxl as script
+
+    model = str(tmp_path / "model")
+    for flags, other in (
+        (
+            [f"--pretrained_model_name_or_path={model}", "--dataset_name=x", f"--output_dir={tmp_path}/./model"],
+            "--pretr",
+        ),
+        (["--pretrained_model_name_or_path=x", f"--dataset_name={model}", f"--output_dir={model}"], "--dataset_name"),
+        ([f"--output_dir={REPO}"], "holds this script"),
+    ):
+        with pytest.raises(SystemExit) as stop:
+            script.parse_args(flags)
+        said = capsys.readouterr().err
+        assert stop.value.code == 2 and other in said and said.count("\n") == 1
+
+
+def test_ctrl_c_before_training_ends_in_one_line(train, monkeypatch):
+    import train_diffusion_mapo_sdxl as script
+
+    def interrupt(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(script, "encode_pictures", interrupt)
+    with pytest.raises(SystemExit) as stop:
+        train()
+    assert "error: interrupted; the same command goes on" in stop.value.code
+
+
+def test_metrics_are_json_where_a_step_was_not_finite():
+    import train_diffusion_mapo_sdxl as script
+
+    line = script.to_line({"step": 3, "loss": float("nan"), "grad_norm": float("inf")})
+    assert json.loads(line, parse_constant=pytest.fail) == {"step": 3, "loss": None, "grad_norm": None}
+    assert np.isnan(script.from_line(line)["loss"]) and script.from_line(line)["step"] == 3
