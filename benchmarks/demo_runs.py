@@ -114,9 +114,10 @@ RUNS = {
     "jsonl": ("JSON lines, column flags, `--image_root`", write_jsonl, []),
     "streaming": ("`--streaming` of the tar", write_webdataset, ["--streaming"]),
     "lora": (
-        "`--use_lora --rank 8 --learning_rate 3e-4`",
+        "`--use_lora --rank 16 --learning_rate 3e-5` on attention and convolutions",
         demo_pairs,
-        "--use_lora --rank=8 --learning_rate=3e-4".split(),
+        "--use_lora --rank=16 --learning_rate=3e-5 "
+        "--lora_layers=to_k,to_q,to_v,to_out.0,conv1,conv2,proj_in,proj_out,conv_out".split(),
     ),
     "beta64": ("`--beta_mapo 64`", demo_pairs, ["--beta_mapo=64"]),
     "beta1024": ("`--beta_mapo 1024`", demo_pairs, ["--beta_mapo=1024"]),
