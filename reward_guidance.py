@@ -224,8 +224,12 @@ def check_new_to_tokenizers(args: argparse.Namespace) -> None:
 
 def quiet_libraries() -> None:
     """From diffusers and transformers, only errors."""
+    import warnings
+
     import diffusers
     import transformers
+
+    warnings.filterwarnings("ignore", message=".*local_dir_use_symlinks")  # diffusers' own call of the hub's client
 
     for library in (diffusers, transformers):
         library.utils.logging.set_verbosity_error()
