@@ -28,9 +28,28 @@ model without guidance.
 """
 
 import argparse
+import math
+import os
+import sys
 from pathlib import Path
 
 import torch
+
+
+PICTURE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff")
+
+
+def fail(message: str) -> None:
+    """Ends the run with one line; exit code 2, as argparse's errors."""
+    print(f"reward_guidance.py: error: {message}", file=sys.stderr)
+    sys.exit(2)
+
+
+class OneLineParser(argparse.ArgumentParser):
+    """Its errors come without the usage."""
+
+    def error(self, message: str) -> None:
+        fail(message)
 
 
 def load_personalized_pipeline(model: str, lora_dir: str, tokens: list[str] | None = None, **options):
@@ -104,30 +123,129 @@ def draw_with_reward_guidance(
 
 
 def parse_args(input_args: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--pretrained_model_name_or_path", required=True)
+    parser = OneLineParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument(
+        "--pretrained_model_name_or_path", required=True, help="The SDXL that the LoRA was trained on: folder or id."
+    )
     parser.add_argument("--lora_dir", required=True, help="--output_dir of the training.")
     parser.add_argument("--token", nargs="+", default=[], help="As in the training, in the same order.")
     parser.add_argument("--initializer_token", nargs="+", default=[], help="As in the training, in the same order.")
     parser.add_argument("--prompt", required=True, help="With the tokens.")
     parser.add_argument("--guidance_scale", type=float, default=7.5, help="w")
     parser.add_argument("--reward_scale", type=float, default=3.0, help="s; 0 is the starting model.")
-    parser.add_argument("--num_inference_steps", type=int, default=50)
-    parser.add_argument("--resolution", type=int, default=1024)
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--output", default="reward_guidance.png")
+    parser.add_argument("--num_inference_steps", type=int, default=50, help="Denoising steps.")
+    parser.add_argument("--resolution", type=int, default=1024, help="Side of the picture, in pixels.")
+    parser.add_argument("--seed", type=int, default=0, help="Of the noise.")
+    parser.add_argument("--output", default="reward_guidance.png", help="Where the picture goes.")
     args = parser.parse_args(input_args)
-    if len(args.token) != len(args.initializer_token):
-        parser.error(f"--initializer_token: {len(args.initializer_token)} for {len(args.token)} of --token")
-    if not (Path(args.lora_dir) / "pytorch_lora_weights.safetensors").is_file():
-        parser.error(f"--lora_dir {args.lora_dir}: no pytorch_lora_weights.safetensors in it")
+    check_numbers(args)
+    check_output(Path(args.output))
+    check_tokens(args)
     return args
+
+
+def check_numbers(args: argparse.Namespace) -> None:
+    for name in ("guidance_scale", "reward_scale"):
+        if not math.isfinite(getattr(args, name)):
+            fail(f"--{name} {getattr(args, name)}: must be finite")
+    if args.num_inference_steps < 1:
+        fail(f"--num_inference_steps {args.num_inference_steps}: must be at least 1")
+    if args.resolution < 8 or args.resolution % 8:
+        fail(f"--resolution {args.resolution}: must be a positive multiple of 8")
+    if not 0 <= args.seed < 2**64:
+        fail(f"--seed {args.seed}: must be at least 0 and less than 2**64")
+
+
+def check_output(path: Path) -> None:
+    if path.is_dir():
+        fail(f"--output {path}: is a folder; name a file in it, such as {path / 'picture.png'}")
+    if path.suffix.lower() not in PICTURE_SUFFIXES:
+        fail(f"--output {path}: must end in {' or '.join(PICTURE_SUFFIXES)}")
+    if not path.parent.is_dir():
+        fail(f"--output {path}: no folder {path.parent}; make it first")
+    if not os.access(path if path.exists() else path.parent, os.W_OK):
+        fail(f"--output {path}: may not be written; name another")
+
+
+def check_tokens(args: argparse.Namespace) -> None:
+    """That the tokens are those of `lora_dir` and that the prompt has one."""
+    tokens, folder = args.token, Path(args.lora_dir)
+    if len(tokens) != len(args.initializer_token):
+        fail(f"--initializer_token: {len(args.initializer_token)} for {len(tokens)} of --token; name one for each")
+    if not (folder / "pytorch_lora_weights.safetensors").is_file():
+        fail(f"--lora_dir {folder}: no pytorch_lora_weights.safetensors in it; name the training's --output_dir")
+    if not all(token.strip() for token in tokens) or len(set(tokens)) < len(tokens):
+        fail(f"--token {' '.join(tokens)}: one is empty or named twice; name the training's")
+    path = folder / "learned_embeds.safetensors"
+    if tokens and not path.is_file():
+        fail(f"--lora_dir {folder}: no learned_embeds.safetensors in it; leave out --token and --initializer_token")
+    rows = count_learned_tokens(path) if path.is_file() else 0
+    if rows != len(tokens):
+        fail(f"--token: {len(tokens)} named, but {path} has {rows}; name the training's, in the same order")
+    if tokens and not any(token in args.prompt for token in tokens):
+        fail(f"--prompt {args.prompt!r}: holds no --token; write {' or '.join(tokens)} where the subject is")
+
+
+def count_learned_tokens(path: Path) -> int:
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(path, framework="pt") as file:
+            return min(file.get_slice(key).get_shape()[0] for key in ("clip_l", "clip_g"))
+    except (OSError, SafetensorError) as error:
+        fail(f"--lora_dir: can't read {path} ({first_line(error)}); copy it from the training again")
+
+
+def first_line(error: Exception) -> str:
+    return next(iter(str(error).strip().splitlines()), type(error).__name__)
+
+
+def check_new_to_tokenizers(args: argparse.Namespace) -> None:
+    """Also finds a missing model before its weights are loaded."""
+    from diffusers import StableDiffusionXLPipeline
+    from transformers import CLIPTokenizer
+
+    model = args.pretrained_model_name_or_path
+    try:
+        StableDiffusionXLPipeline.load_config(model)  # for a missing model, tokenizers come empty and without an error
+        tokenizers = {
+            name: CLIPTokenizer.from_pretrained(model, subfolder=name) for name in ("tokenizer", "tokenizer_2")
+        }
+    except (OSError, ValueError) as error:
+        fail(
+            f"--pretrained_model_name_or_path {model}: no SDXL pipeline there; name its folder or its id on the hub "
+            f"({first_line(error)})"
+        )
+    for name, tokenizer in tokenizers.items():
+        for token in args.token:
+            if token in tokenizer.get_vocab():
+                fail(f"--token {token}: the {name} has it already; name the token of the training, such as <{token}>")
+
+
+def quiet_libraries() -> None:
+    """From diffusers and transformers, only errors."""
+    import warnings
+
+    import diffusers
+    import transformers
+
+    warnings.filterwarnings("ignore", message=".*local_dir_use_symlinks")  # diffusers' own call of the hub's client
+
+    for library in (diffusers, transformers):
+        library.utils.logging.set_verbosity_error()
+        library.utils.logging.disable_progress_bar()
 
 
 def main(args: argparse.Namespace) -> None:
     device = "cuda" if torch.cuda.is_available() else "cpu"
     dtype = torch.float16 if device == "cuda" else torch.float32
-    pipeline = load_personalized_pipeline(args.pretrained_model_name_or_path, args.lora_dir, args.token, dtype=dtype)
+    quiet_libraries()
+    check_new_to_tokenizers(args)
+    try:
+        model = args.pretrained_model_name_or_path
+        pipeline = load_personalized_pipeline(model, args.lora_dir, args.token, dtype=dtype)
+    except Exception as error:  # each library raises its own for files that are missing, torn or of another model
+        fail(f"--pretrained_model_name_or_path {model} with --lora_dir {args.lora_dir}: {first_line(error)}")
     base_prompt = args.prompt
     for token, word in zip(args.token, args.initializer_token):
         base_prompt = base_prompt.replace(token, word)

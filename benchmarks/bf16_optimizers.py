@@ -20,11 +20,11 @@ Which way to train bf16 weights loses least of the small updates? Why --optimize
 do bf16 weights go along fp32's way, and how large is their error, as shares of fp32's way?
 """
 
+import argparse
+import sys
 from importlib.metadata import version
 
-import optimi
 import torch
-from torchao.optim import _AdamW
 
 
 def way(make_optimizer, dtype: torch.dtype) -> torch.Tensor:
@@ -40,6 +40,12 @@ def way(make_optimizer, dtype: torch.dtype) -> torch.Tensor:
 
 
 def main() -> None:
+    argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
+    try:
+        import optimi
+        from torchao.optim import _AdamW
+    except ImportError as error:
+        sys.exit(f"bf16_optimizers.py: error: {error}: pip install torchao torch-optimi")
     options = {"lr": 1e-6, "weight_decay": 0.0}
     exact = way(lambda parameters: torch.optim.AdamW(parameters, **options), torch.float32)
     candidates = {

@@ -13,6 +13,7 @@
 # limitations under the License.
 """The table and the plot of step_cost.py, from its JSON:  python benchmarks/step_report.py FOLDER"""
 
+import argparse
 import json
 import os
 import sys
@@ -140,7 +141,11 @@ def make_plot(results: dict, path: Path) -> None:
 
 
 if __name__ == "__main__":
-    folder = Path(sys.argv[1])
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("folder", type=Path, help="--output_dir of step_cost.py, with step_cost.json.")
+    folder = parser.parse_args().folder
+    if not (folder / "step_cost.json").is_file():
+        sys.exit(f"step_report.py: error: {folder}: no step_cost.json in it; run benchmarks/step_cost.py first")
     saved = json.loads((folder / "step_cost.json").read_text())
     save_aside(folder / "step_cost.md", lambda path: path.write_text(make_report(saved)))
     make_plot(saved, folder / "step_cost.png")

@@ -19,6 +19,7 @@ users run. The two methods that the script doesn't have, Diffusion-DPO and SFT, 
 call of the UNet and the loss are put in their place.
 """
 
+import argparse
 import contextlib
 import gc
 import io
@@ -642,4 +643,8 @@ def describe_machine(device: str) -> dict:
 
 
 if __name__ == "__main__":
+    argparse.ArgumentParser(
+        description=__doc__ + "\nstep_cost.py starts it and sends the task to its standard input.",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    ).parse_args()
     main()

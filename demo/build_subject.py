@@ -17,6 +17,7 @@ Makes demo/subject/: five drawings of one cat that the demo's model can't draw, 
     python demo/build_subject.py     # needs npm for the package
 """
 
+import argparse
 import io
 import json
 import subprocess
@@ -57,4 +58,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
+    argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
     main()

@@ -38,6 +38,7 @@ from PIL import Image
 
 
 REPO = Path(__file__).resolve().parents[1]
+TABLE_SUFFIXES = (".txt", ".jsonl", ".json", ".csv", ".tsv", ".parquet")
 PICTURE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff")
 CAPTION_COLUMNS = ("caption", "prompt", "text", "Prompt", "original_prompt.txt")
 PICTURE_COLUMNS = ("image", "picture", "path", "file_name", "jpg", "png")
@@ -126,6 +127,12 @@ class JsonLines:
         self.file.write("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows).encode())
         self.file.flush()
         self.rows += rows
+
+
+def check_output_dir(path: Path) -> None:
+    for place in (path, *path.parents):
+        if place.exists() and not place.is_dir():
+            fail(f"--output_dir {path}: {place} is a file; name a folder")
 
 
 def keep_settings(path: Path, settings: dict, where: str) -> None:
@@ -232,6 +239,8 @@ def check_captions(captions: list, source: str) -> None:
 def load_prompts(source: str, column: str | None = None, split: str = "train") -> list[dict]:
     """Rows with a `prompt`; whatever else a row holds stays with it."""
     rows, _ = load_rows(source, "--prompts", split)
+    if len(rows) == 0:
+        fail(f"{source}: has no prompts; write some into it")
     column = find_column(rows, column, ("prompt", "Prompt", "caption", "text"), "--prompt_column", source)
     rows = [{**{k: v for k, v in row.items() if not isinstance(v, bytes)}, "prompt": row[column]} for row in rows]
     check_captions([row["prompt"] for row in rows], f"--prompts {source}")

@@ -47,7 +47,16 @@ from tqdm.auto import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from evaluation.common import JsonLines, fail, load_prompts, quiet_libraries, run_script, whole_file, write_json
+from evaluation.common import (
+    JsonLines,
+    check_output_dir,
+    fail,
+    load_prompts,
+    quiet_libraries,
+    run_script,
+    whole_file,
+    write_json,
+)
 
 
 HPDV2_STYLES = ("anime", "concept-art", "paintings", "photo")
@@ -75,6 +84,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--output_dir", type=Path, required=True)
     args = parser.parse_args(argv)
     check_drawing_flags(args)
+    check_output_dir(args.output_dir)
     args.models = dict(parse_model(text) for text in args.models)
     return args
 

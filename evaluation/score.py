@@ -42,6 +42,7 @@ from evaluation.common import (
     CAPTION_COLUMNS,
     PICTURE_COLUMNS,
     PICTURE_SUFFIXES,
+    TABLE_SUFFIXES,
     JsonLines,
     add_endpoint_flags,
     check_captions,
@@ -86,9 +87,19 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     return args
 
 
+def check_source(place: Path, output: Path | None) -> None:
+    # With --output, A/B may be a data set on the hub.
+    if not place.exists() and (output is None or len(place.parts) != 2):
+        fail(f"{place}: no such folder; name the --output_dir of generate.py")
+    if place.is_file() and place.suffix not in TABLE_SUFFIXES:
+        fail(f"{place}: is no folder of generate.py and no table ({', '.join(TABLE_SUFFIXES)})")
+
+
 def check_args(args: argparse.Namespace) -> None:
     if (args.pictures is None) == (args.pairs is None):
         fail("name either a folder of pictures or --pairs")
+    if args.pictures is not None:
+        check_source(Path(args.pictures), args.output)
     if args.output is None:
         if args.pictures is None or not Path(args.pictures).is_dir():
             fail("--output: name a file, such as scores.jsonl")

@@ -57,6 +57,7 @@ from evaluation.common import (
     JsonLines,
     add_endpoint_flags,
     check_captions,
+    check_output_dir,
     do_all,
     fail,
     find_column,
@@ -137,6 +138,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 
 
 def check_args(args: argparse.Namespace) -> None:
+    check_output_dir(args.output_dir)
     if args.use != "from-scores":
         check_drawing_flags(args)
         args.model = parse_model(f"model={args.model}")[1]
@@ -162,6 +164,11 @@ def settings_of(args: argparse.Namespace) -> dict:
     free = ("output_dir", "device", "batch_size", "min_score", "min_margin", "max_rows", "mode", "scores", "weights")
     used = {k: v for k, v in vars(args).items() if k not in free and not k.startswith(("endpoint_", "api_", "judge_"))}
     return {name: str(value) if isinstance(value, Path) else value for name, value in used.items()}
+
+
+def begin(args: argparse.Namespace, work: Path) -> None:
+    """After the input is checked: the settings of a call that can't be mustn't stand in the way of the mended one."""
+    keep_settings(work / "settings.json", settings_of(args), f"--output_dir {args.output_dir}")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -300,6 +307,7 @@ def pairs_from_pictures(args: argparse.Namespace, work: Path) -> tuple[list, dic
     # Read all before anything is drawn: a broken file shows in minutes, not after hours.
     for i in tqdm(range(count), desc="Reading pictures", unit="picture"):
         open_picture(rows[i][picture], root, f"--pictures {args.pictures}: row {i}")
+    begin(args, work)
     log = JsonLines(work / "pictures.jsonl")
     jobs = [
         {"row": i, "prompt": captions[i], "noise_seed": noise_seed(i, args.seed), "path": f"losers/{i:06d}.png"}
@@ -321,6 +329,7 @@ def pairs_from_pictures(args: argparse.Namespace, work: Path) -> tuple[list, dic
 def pairs_from_captions(args: argparse.Namespace, work: Path) -> tuple[list, dict]:
     rows = load_prompts(args.captions, args.caption_column)[: args.max_rows]
     captions = [row["prompt"] for row in rows]
+    begin(args, work)
     contexts = write_contexts(captions, args, work)
     log, sides = JsonLines(work / "pictures.jsonl"), {}
     for kind, spec, template in (
@@ -415,6 +424,7 @@ def pairs_from_scores(args: argparse.Namespace, work: Path) -> tuple[list, dict]
         if row["metric"] == args.metric and row["score"] is not None:
             groups.setdefault(row["prompt"], []).append(row)
     check_captions(list(groups), f"--scores {path}")
+    begin(args, work)
     pairs, counts = [], {"captions with one picture": 0, "captions without a pair beyond the margin": 0}
     for prompt, group in itertools.islice(groups.items(), args.max_rows):
         group.sort(key=lambda row: -row["score"])
@@ -530,7 +540,6 @@ Made by `pairs/build_preference_pairs.py {args.use}`. `label_0` is 1 where `jpg_
 
 def main(args: argparse.Namespace) -> None:
     work = args.output_dir / "work"
-    keep_settings(work / "settings.json", settings_of(args), f"--output_dir {args.output_dir}")
     if args.use != "from-scores":
         quiet_libraries()
     build = {

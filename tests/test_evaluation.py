@@ -699,13 +699,34 @@ def test_models_that_cannot_be(tmp_path, models, message):
         ('{"prompt": "rocket"}\n{"prompt": null}\n', "row 1: the caption is None"),
         ('{"words": "rocket"}\n', "no column prompt or Prompt or caption or text among words"),
         ("rocket\n", "Expecting value"),
-        ("", "no column"),
+        ("", "prompts.jsonl: has no prompts; write some into it"),
     ],
 )
 def test_bad_prompts(tmp_path, text, message):
     (tmp_path / "prompts.jsonl").write_text(text)
     with pytest.raises(SystemExit, match=message):
         run(generate, f"--prompts={tmp_path / 'prompts.jsonl'}", f"--output_dir={tmp_path}", "--models", f"a={MODEL}")
+
+
+def test_an_output_dir_that_is_a_file(tmp_path):
+    (tmp_path / "file").write_text("")
+    for path in ("file", "file/folder"):
+        with pytest.raises(SystemExit, match=f"--output_dir .*{path}: .*file is a file; name a folder"):
+            run(generate, "--prompts=p.txt", f"--output_dir={tmp_path / path}", "--models", f"a={MODEL}")
+
+
+@pytest.mark.parametrize(
+    "flags, message",
+    [
+        (["nope"], "nope: no such folder"),
+        (["nope", "--output=s.jsonl"], "nope: no such folder"),
+        ([REPO / "README.md"], r"README.md: is no folder of generate.py and no table \(.txt, "),
+        ([REPO / "README.md", "--output=s.jsonl"], "README.md: is no folder of generate.py and no table"),
+    ],
+)
+def test_score_says_what_is_no_source_of_pictures(flags, message):
+    with pytest.raises(SystemExit, match=message):
+        run(score, *flags, "--metrics", "style")
 
 
 def test_a_prompt_of_300_words_is_warned_of_and_drawn(tmp_path, capsys):

@@ -174,6 +174,17 @@ def test_broken_pictures_and_captions_end_the_run_before_the_model_is_loaded(pic
         build("from-pictures", f"--pictures={tmp_path / 'table.csv'}", *flags[2:-1], f"--output_dir={tmp_path / 'y'}")
 
 
+def test_a_call_that_cannot_be_leaves_the_folder_to_the_mended_one(pictures, tmp_path):
+    (tmp_path / "empty").mkdir()
+    flags = [f"--model={MODEL}", *DRAW, f"--output_dir={tmp_path / 'x'}"]
+    with pytest.raises(SystemExit, match="--pictures .*empty: "):
+        build("from-pictures", f"--pictures={tmp_path / 'empty'}", *flags)
+    assert not (tmp_path / "x").exists()
+    build("from-pictures", f"--pictures={pictures}", "--max_rows=2", *flags)
+    with pytest.raises(SystemExit, match="--output_dir .*: .*0.png is a file; name a folder"):
+        build("from-pictures", f"--pictures={pictures}", *flags, f"--output_dir={pictures / '0.png'}")
+
+
 def test_other_settings_need_another_folder(pictures, tmp_path):
     flags = ["from-pictures", f"--pictures={pictures}", f"--model={MODEL}", *DRAW, f"--output_dir={tmp_path / 'x'}"]
     build(*flags)
