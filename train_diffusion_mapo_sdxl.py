@@ -107,13 +107,16 @@ OPTIMIZER_PACKAGES = {
     "prodigy": "prodigyopt",
 }
 PIP_NAMES = {"optimi": "torch-optimi"}
-# What a run may change when it goes on from a checkpoint. The data may move, but their pairs must be the same.
+# What --mixed_precision computes in; without it, fp32.
+HALF_DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16}
+# What a run may change when it goes on from a checkpoint. The data may move; that their pairs are the same is for
+# check_pairs to see.
 FREE_SETTINGS = frozenset(
     "output_dir cache_dir dataset_name image_root dataloader_num_workers demo max_train_steps max_nonfinite_steps "
     "train_batch_size gradient_accumulation_steps gradient_checkpointing compile activation_memory_budget allow_tf32 "
     "enable_xformers_memory_efficient_attention output_kohya_format checkpointing_steps checkpoints_total_limit "
     "resume_from_checkpoint validation_prompts validation_steps validation_guidance_scale validation_inference_steps "
-    "logging_steps report_to push_to_hub hub_model_id use_8bit_adam skip_unreadable".split()
+    "logging_steps report_to push_to_hub hub_model_id use_8bit_adam skip_unreadable pairs".split()
 )
 
 
@@ -529,7 +532,7 @@ def load_unet(args: argparse.Namespace, accelerator: Accelerator) -> tuple:
     noise_scheduler = DDPMScheduler.from_pretrained(name, subfolder="scheduler", **hub)
     dtype = torch.bfloat16 if args.optimizer == "adamw_bf16" else torch.float32
     if args.use_lora:  # the frozen weights may be as short as the computation
-        dtype = {"fp16": torch.float16, "bf16": torch.bfloat16}.get(accelerator.mixed_precision, torch.float32)
+        dtype = HALF_DTYPES.get(accelerator.mixed_precision, torch.float32)
     try:
         unet = UNet2DConditionModel.from_pretrained(name, subfolder="unet", variant=args.variant, dtype=dtype, **hub)
     except (OSError, ValueError) as error:
@@ -960,8 +963,14 @@ def embed_captions(captions: list[str], pipeline, device: torch.device) -> dict[
     return {"prompt_embeds": embeds.float(), "pooled_prompt_embeds": pooled.float()}
 
 
-def encode_captions(captions: list[str], pipeline, args: argparse.Namespace, accelerator: Accelerator) -> dict:
-    """What `embed_captions` returns, in fp16 on disk. Shape: (N, ...)"""
+def hash_of_encoders(pipeline) -> str:
+    """Changes with all that `embed_captions` depends on but the captions."""
+    words = [sorted(tokenizer.get_vocab().items()) for tokenizer in (pipeline.tokenizer, pipeline.tokenizer_2)]
+    return hash_of(pipeline.text_encoder, pipeline.text_encoder_2, words, pipeline.config.force_zeros_for_empty_prompt)
+
+
+def encode_captions(captions: list[str], encoders: str, pipeline, args, accelerator: Accelerator) -> dict:
+    """What `embed_captions` returns, in fp16 on disk; `encoders` is their hash. Shape: (N, ...)"""
 
     def encode(indices: np.ndarray) -> dict[str, np.ndarray]:
         embedded = embed_captions([captions[i] for i in indices.tolist()], pipeline, accelerator.device)
@@ -972,9 +981,7 @@ def encode_captions(captions: list[str], pipeline, args: argparse.Namespace, acc
         "prompt_embeds": ((pipeline.tokenizer.model_max_length, width), "float16"),
         "pooled_prompt_embeds": ((pipeline.text_encoder_2.config.projection_dim,), "float16"),
     }
-    words = [sorted(tokenizer.get_vocab().items()) for tokenizer in (pipeline.tokenizer, pipeline.tokenizer_2)]
-    zeros = pipeline.config.force_zeros_for_empty_prompt
-    key = hash_of(pipeline.text_encoder, pipeline.text_encoder_2, words, zeros, captions, "v2")
+    key = hash_of(encoders, captions, "v3")
     return encode_once(f"captions-{key}", arrays, len(captions), encode, 64, args, accelerator)
 
 
@@ -1207,7 +1214,7 @@ def check_resumption(checkpoint: Path | None, args: argparse.Namespace, accelera
     advice = "go on as before, or start anew in another --output_dir"
     for name in sorted((then["settings"].keys() | now["settings"].keys()) - FREE_SETTINGS):
         old, new = then["settings"].get(name), now["settings"].get(name)
-        if name != "pairs" and old != new:
+        if old != new:
             fail(f"--{name} {new}: {checkpoint.name} was trained with {old}; {advice}")
     if then["global_batch"] != now["global_batch"]:
         fail(
@@ -1274,6 +1281,17 @@ def unwrap(model, accelerator: Accelerator):
 
 def trainable(unet, accelerator: Accelerator) -> list[torch.nn.Parameter]:
     return [parameter for parameter in unwrap(unet, accelerator).parameters() if parameter.requires_grad]
+
+
+@contextlib.contextmanager
+def averaged(unet, ema, accelerator: Accelerator):
+    """The UNet with the EMA's weights, where there is an EMA."""
+    if ema is not None:
+        ema.store(trainable(unet, accelerator))
+        ema.copy_to(trainable(unet, accelerator))
+    yield
+    if ema is not None:
+        ema.restore(trainable(unet, accelerator))
 
 
 class MetricsLog:
@@ -1415,16 +1433,12 @@ def save_aside(path: Path, save) -> None:
 
 
 @torch.no_grad()
-def draw_pictures(unet, ema, pipeline, embeddings: dict, args, accelerator: Accelerator) -> list[Image.Image]:
-    """One picture per prompt, prompt i from seed i, by the UNet (or its EMA) as it is now; spread over processes."""
+def draw_pictures(unet, pipeline, embeddings: dict, args, accelerator: Accelerator) -> list[Image.Image]:
+    """One picture per prompt, prompt i from seed i, by the UNet as it is now; spread over processes."""
     from accelerate.utils import gather_object
 
     device, count = accelerator.device, len(embeddings["prompt_embeds"]) - 1  # the last row is the empty prompt
-    model = unwrap(unet, accelerator)
-    if ema is not None:
-        ema.store(trainable(unet, accelerator))
-        ema.copy_to(trainable(unet, accelerator))
-    model.eval()
+    model = unwrap(unet, accelerator).eval()
     pipeline.unet = model
     pipeline.vae.to(device)
     rows = {key: torch.from_numpy(np.array(value, dtype=np.float32)).to(device) for key, value in embeddings.items()}
@@ -1452,8 +1466,6 @@ def draw_pictures(unet, ema, pipeline, embeddings: dict, args, accelerator: Acce
     pipeline.unet = None
     if args.cache_latents:
         pipeline.vae.to("cpu")
-    if ema is not None:
-        ema.restore(trainable(unet, accelerator))
     model.train()
     return [picture for _, picture in sorted(dict(gather_object(pictures)).items())]
 
@@ -1466,7 +1478,7 @@ def draw_base_pictures(unet, pipeline, embeddings: dict, args, accelerator: Acce
     if args.use_lora:
         model = unwrap(unet, accelerator)
         model.disable_adapters()
-        pictures = draw_pictures(unet, None, pipeline, embeddings, args, accelerator)
+        pictures = draw_pictures(unet, pipeline, embeddings, args, accelerator)
         model.enable_adapters()
         return pictures
     base = UNet2DConditionModel.from_pretrained(
@@ -1477,7 +1489,7 @@ def draw_base_pictures(unet, pipeline, embeddings: dict, args, accelerator: Acce
         cache_dir=args.cache_dir,
         dtype=next(unwrap(unet, accelerator).parameters()).dtype,
     )
-    return draw_pictures(base.to(accelerator.device), None, pipeline, embeddings, args, accelerator)
+    return draw_pictures(base.to(accelerator.device), pipeline, embeddings, args, accelerator)
 
 
 def draw_grid(prompts: list[str], before: list[Image.Image], after: list[Image.Image]) -> Image.Image:
@@ -1551,15 +1563,11 @@ def judge_demo(prompts: list[str], before: list[Image.Image], after: list[Image.
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def save_weights(unet, ema, args: argparse.Namespace, accelerator: Accelerator) -> None:
+def save_weights(unet, args: argparse.Namespace, accelerator: Accelerator) -> None:
     """The LoRA, or the whole pipeline, in diffusers' format. Called by every process: a sharded model is gathered."""
     from diffusers import StableDiffusionXLPipeline
 
-    model = unwrap(unet, accelerator)
-    if ema is not None:
-        ema.store(trainable(unet, accelerator))
-        ema.copy_to(trainable(unet, accelerator))
-    output_dir = Path(args.output_dir)
+    model, output_dir = unwrap(unet, accelerator), Path(args.output_dir)
     state = accelerator.get_state_dict(unet, unwrap=True)
     state = {name.replace("_orig_mod.", ""): tensor for name, tensor in state.items()}
     if args.use_lora:
@@ -1580,8 +1588,6 @@ def save_weights(unet, ema, args: argparse.Namespace, accelerator: Accelerator) 
                 save_aside(output_dir / "pytorch_lora_weights_kohya.safetensors", lambda path: save_file(named, path))
     elif accelerator.is_main_process:
         save_pipeline(state, args)
-    if ema is not None:
-        ema.restore(trainable(unet, accelerator))
 
 
 def save_pipeline(state: dict[str, torch.Tensor], args: argparse.Namespace) -> None:
@@ -1684,28 +1690,6 @@ def push_to_hub(args: argparse.Namespace) -> None:
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def make_optimizer(parameters: list, args: argparse.Namespace) -> torch.optim.Optimizer:
-    decay = {"lr": args.learning_rate, "weight_decay": args.adam_weight_decay}
-    options = decay | {"betas": (args.adam_beta1, args.adam_beta2), "eps": args.adam_epsilon}
-    if args.optimizer == "adamw_8bit":
-        import bitsandbytes
-
-        return bitsandbytes.optim.AdamW8bit(parameters, **options)
-    if args.optimizer == "adafactor":
-        from transformers.optimization import Adafactor
-
-        return Adafactor(parameters, **decay, scale_parameter=False, relative_step=False)
-    if args.optimizer == "prodigy":
-        from prodigyopt import Prodigy
-
-        return Prodigy(parameters, **options, safeguard_warmup=True, use_bias_correction=True)
-    if args.optimizer == "adamw_bf16":
-        import optimi
-
-        return optimi.AdamW(parameters, **options, kahan_sum=True)
-    return torch.optim.AdamW(parameters, **options, fused=True)
-
-
 def prepare_run(args: argparse.Namespace) -> Accelerator:
     """The accelerator, and a quiet console: from libraries, only errors."""
     import diffusers
@@ -1738,18 +1722,6 @@ def prepare_run(args: argparse.Namespace) -> Accelerator:
     return accelerator
 
 
-def check_folders(args: argparse.Namespace) -> None:
-    """Makes the folders; ends the run with one line where they can't be made or written to."""
-    for name in ("output_dir", "cache_dir"):
-        if (folder := getattr(args, name)) is None:
-            continue
-        try:
-            Path(folder).mkdir(parents=True, exist_ok=True)
-            tempfile.TemporaryFile(dir=folder).close()
-        except OSError as error:
-            fail(f"--{name} {folder}: {error.strerror}; name a folder that can be written to")
-
-
 def check_device(args: argparse.Namespace, accelerator: Accelerator) -> None:
     """Ends the run with one line where the processes or the device can't do what was asked for."""
     launched = int(os.environ.get("WORLD_SIZE", 1))
@@ -1765,6 +1737,18 @@ def check_device(args: argparse.Namespace, accelerator: Accelerator) -> None:
         fail("--enable_xformers_memory_efficient_attention: needs a GPU; leave it out")
 
 
+def check_folders(args: argparse.Namespace) -> None:
+    """Makes the folders; ends the run with one line where they can't be made or written to."""
+    for name in ("output_dir", "cache_dir"):
+        if (folder := getattr(args, name)) is None:
+            continue
+        try:
+            Path(folder).mkdir(parents=True, exist_ok=True)
+            tempfile.TemporaryFile(dir=folder).close()
+        except OSError as error:
+            fail(f"--{name} {folder}: {error.strerror}; name a folder that can be written to")
+
+
 def prepare_sharding(args: argparse.Namespace, accelerator: Accelerator) -> None:
     """Tells FSDP2 and DeepSpeed what accelerate's config doesn't."""
     if accelerator.distributed_type == "DEEPSPEED":
@@ -1777,7 +1761,7 @@ def prepare_sharding(args: argparse.Namespace, accelerator: Accelerator) -> None
         if accelerator.mixed_precision != "no":
             from torch.distributed.fsdp import MixedPrecisionPolicy
 
-            short = {"fp16": torch.float16, "bf16": torch.bfloat16}[accelerator.mixed_precision]
+            short = HALF_DTYPES[accelerator.mixed_precision]
             # Its default casts all inputs, time_ids among them.
             policy = MixedPrecisionPolicy(short, reduce_dtype=torch.float32, cast_forward_inputs=False)
             accelerator.state.fsdp_plugin.mixed_precision_policy = policy
@@ -1810,13 +1794,14 @@ def prepare_data(args: argparse.Namespace, accelerator: Accelerator, checkpoint:
         pairs = load_pairs(args, accelerator)
         check_pairs(pairs.captions, pairs.winner_first, checkpoint, args)
         prompts = choose_prompts(pairs.captions, args)
-    weight_dtype = {"fp16": torch.float16, "bf16": torch.bfloat16}.get(accelerator.mixed_precision, torch.float32)
+    weight_dtype = HALF_DTYPES.get(accelerator.mixed_precision, torch.float32)
     pipeline = load_frozen_models(args, accelerator.device, weight_dtype)
-    prompt_embeddings = encode_captions([*prompts, ""], pipeline, args, accelerator)
+    encoders = hash_of_encoders(pipeline)
+    prompt_embeddings = encode_captions([*prompts, ""], encoders, pipeline, args, accelerator)
     if args.streaming:
         return dataset, pipeline, prompts, prompt_embeddings
     distinct = sorted({*pairs.captions, ""})
-    embeddings = encode_captions(distinct, pipeline, args, accelerator)
+    embeddings = encode_captions(distinct, encoders, pipeline, args, accelerator)
     # None of these is in the device's memory while training.
     pictures = None
     if args.cache_latents:
@@ -1827,6 +1812,28 @@ def prepare_data(args: argparse.Namespace, accelerator: Accelerator, checkpoint:
     return dataset, pipeline, prompts, prompt_embeddings
 
 
+def make_optimizer(parameters: list, args: argparse.Namespace) -> torch.optim.Optimizer:
+    decay = {"lr": args.learning_rate, "weight_decay": args.adam_weight_decay}
+    options = decay | {"betas": (args.adam_beta1, args.adam_beta2), "eps": args.adam_epsilon}
+    if args.optimizer == "adamw_8bit":
+        import bitsandbytes
+
+        return bitsandbytes.optim.AdamW8bit(parameters, **options)
+    if args.optimizer == "adafactor":
+        from transformers.optimization import Adafactor
+
+        return Adafactor(parameters, **decay, scale_parameter=False, relative_step=False)
+    if args.optimizer == "prodigy":
+        from prodigyopt import Prodigy
+
+        return Prodigy(parameters, **options, safeguard_warmup=True, use_bias_correction=True)
+    if args.optimizer == "adamw_bf16":
+        import optimi
+
+        return optimi.AdamW(parameters, **options, kahan_sum=True)
+    return torch.optim.AdamW(parameters, **options, fused=True)
+
+
 def prepare_training(unet, checkpoint: Path | None, args: argparse.Namespace, accelerator: Accelerator) -> tuple:
     """UNet, optimizer, learning rate schedule, EMA or None, and the steps done, as the checkpoint has them."""
     from diffusers.optimization import get_scheduler
@@ -1834,7 +1841,7 @@ def prepare_training(unet, checkpoint: Path | None, args: argparse.Namespace, ac
 
     optimizer = make_optimizer(trainable(unet, accelerator), args)
     if is_sharded(accelerator) and accelerator.mixed_precision != "no":  # elsewhere accelerate does this
-        short = {"fp16": torch.float16, "bf16": torch.bfloat16}[accelerator.mixed_precision]
+        short = HALF_DTYPES[accelerator.mixed_precision]
         unet.forward = torch.autocast(accelerator.device.type, short)(unet.forward)
     lr_scheduler = get_scheduler(
         args.lr_scheduler, optimizer, num_warmup_steps=args.lr_warmup_steps, num_training_steps=args.max_train_steps
@@ -1912,6 +1919,7 @@ def main(args: argparse.Namespace) -> None:
 
     log, signals, step, before = MetricsLog(first_step, args, accelerator), watch_signals(), first_step, None
     batches = list_batches(first_step, args, accelerator)
+    patience = args.max_nonfinite_steps + (20 if accelerator.scaler else 0)  # fp16 finds its scale by such steps
     logger.info(f"First step after {time.perf_counter() - started:.1f} s.")
     for batch in make_batches(dataset, batches, pipeline, args, accelerator):
         with accelerator.accumulate(unet):
@@ -1933,9 +1941,7 @@ def main(args: argparse.Namespace) -> None:
             ema.step(trainable(unet, accelerator))
         log.end_step(step, grad_norm, lr_scheduler.get_last_lr()[0], skip)
         stop = any_process(bool(signals), accelerator)
-        lost = log.skipped_in_a_row >= args.max_nonfinite_steps + (
-            20 if accelerator.scaler else 0
-        )  # to find its scale
+        lost = log.skipped_in_a_row >= patience
         if step % args.checkpointing_steps == 0 or stop or lost:
             log.flush()
             saved = save_checkpoint(step, args, accelerator)
@@ -1949,12 +1955,14 @@ def main(args: argparse.Namespace) -> None:
             return accelerator.end_training()
         if args.validation_steps and step % args.validation_steps == 0 and step < args.max_train_steps:
             before = before or draw_base_pictures(unet, pipeline, prompt_embeddings, args, accelerator)
-            now = draw_pictures(unet, ema, pipeline, prompt_embeddings, args, accelerator)
+            with averaged(unet, ema, accelerator):
+                now = draw_pictures(unet, pipeline, prompt_embeddings, args, accelerator)
             save_validation(step, prompts, before, now, args, accelerator)
     log.close()
 
-    save_weights(unet, ema, args, accelerator)
-    after = draw_pictures(unet, ema, pipeline, prompt_embeddings, args, accelerator)
+    with averaged(unet, ema, accelerator):
+        save_weights(unet, args, accelerator)
+        after = draw_pictures(unet, pipeline, prompt_embeddings, args, accelerator)
     before = before or draw_base_pictures(unet, pipeline, prompt_embeddings, args, accelerator)
     save_validation(args.max_train_steps, prompts, before, after, args, accelerator)
     if accelerator.is_main_process:

@@ -116,13 +116,15 @@ DEMO_SETTINGS = {
 # What --optimizer offers, and the package that it needs beside torch and transformers.
 OPTIMIZER_PACKAGES = {"adamw": None, "adamw_8bit": "bitsandbytes", "adafactor": None, "prodigy": "prodigyopt"}
 PIP_NAMES = {}
+# What --mixed_precision computes in; without it, fp32.
+HALF_DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16}
 # What a run may change when it goes on from a checkpoint. The photos may move, but they must be the same.
 FREE_SETTINGS = frozenset(
     "output_dir cache_dir instance_data_dir config_name rejected_data_dir demo max_train_steps max_nonfinite_steps "
     "train_batch_size gradient_accumulation_steps gradient_checkpointing compile allow_tf32 "
     "enable_xformers_memory_efficient_attention output_kohya_format checkpointing_steps checkpoints_total_limit "
     "resume_from_checkpoint validation_prompts validation_steps sample_batch_size logging_steps report_to push_to_hub "
-    "hub_model_id use_8bit_adam".split()
+    "hub_model_id use_8bit_adam pairs".split()
 )
 
 
@@ -558,7 +560,7 @@ def load_model(pipeline, args: argparse.Namespace, accelerator: Accelerator) -> 
     if noise_scheduler.config.prediction_type not in ("epsilon", "v_prediction"):
         fail(f"{name}: prediction type {noise_scheduler.config.prediction_type}; needs epsilon or v_prediction")
     # The frozen weights may be as short as the computation.
-    dtype = {"fp16": torch.float16, "bf16": torch.bfloat16}.get(accelerator.mixed_precision, torch.float32)
+    dtype = HALF_DTYPES.get(accelerator.mixed_precision, torch.float32)
     unet = UNet2DConditionModel.from_pretrained(name, subfolder="unet", variant=args.variant, dtype=dtype, **hub)
     model = PersonalizedModel(unet, pipeline, args)
     if args.gradient_checkpointing:
@@ -1158,7 +1160,7 @@ def check_resumption(checkpoint: Path | None, args: argparse.Namespace, accelera
     advice = "go on as before, or start anew in another --output_dir"
     for name in sorted((then["settings"].keys() | now["settings"].keys()) - FREE_SETTINGS):
         old, new = then["settings"].get(name), now["settings"].get(name)
-        if name != "pairs" and old != new:
+        if old != new:
             fail(f"--{name} {new}: {checkpoint.name} was trained with {old}; {advice}")
     if then["global_batch"] != now["global_batch"]:
         fail(
@@ -1651,28 +1653,6 @@ def push_to_hub(args: argparse.Namespace) -> None:
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def make_optimizer(parameters: list, args: argparse.Namespace) -> torch.optim.Optimizer:
-    decay = {"lr": args.learning_rate, "weight_decay": args.adam_weight_decay}
-    options = decay | {"betas": (args.adam_beta1, args.adam_beta2), "eps": args.adam_epsilon}
-    if args.optimizer == "adamw_8bit":
-        import bitsandbytes
-
-        return bitsandbytes.optim.AdamW8bit(parameters, **options)
-    if args.optimizer == "adafactor":
-        from transformers.optimization import Adafactor
-
-        return Adafactor(parameters, **decay, scale_parameter=False, relative_step=False)
-    if args.optimizer == "prodigy":
-        from prodigyopt import Prodigy
-
-        return Prodigy(parameters, **options, safeguard_warmup=True, use_bias_correction=True)
-    if args.optimizer == "adamw_bf16":
-        import optimi
-
-        return optimi.AdamW(parameters, **options, kahan_sum=True)
-    return torch.optim.AdamW(parameters, **options, fused=True)
-
-
 def prepare_run(args: argparse.Namespace) -> Accelerator:
     """The accelerator, and a quiet console: from libraries, only errors."""
     import diffusers
@@ -1705,18 +1685,6 @@ def prepare_run(args: argparse.Namespace) -> Accelerator:
     return accelerator
 
 
-def check_folders(args: argparse.Namespace) -> None:
-    """Makes the folders; ends the run with one line where they can't be made or written to."""
-    for name in ("output_dir", "cache_dir"):
-        if (folder := getattr(args, name)) is None:
-            continue
-        try:
-            Path(folder).mkdir(parents=True, exist_ok=True)
-            tempfile.TemporaryFile(dir=folder).close()
-        except OSError as error:
-            fail(f"--{name} {folder}: {error.strerror}; name a folder that can be written to")
-
-
 def check_device(args: argparse.Namespace, accelerator: Accelerator) -> None:
     """Ends the run with one line where the processes or the device can't do what was asked for."""
     launched = int(os.environ.get("WORLD_SIZE", 1))
@@ -1730,6 +1698,18 @@ def check_device(args: argparse.Namespace, accelerator: Accelerator) -> None:
         fail("--mixed_precision fp16: needs a GPU; take bf16 or no")
     if args.enable_xformers_memory_efficient_attention:
         fail("--enable_xformers_memory_efficient_attention: needs a GPU; leave it out")
+
+
+def check_folders(args: argparse.Namespace) -> None:
+    """Makes the folders; ends the run with one line where they can't be made or written to."""
+    for name in ("output_dir", "cache_dir"):
+        if (folder := getattr(args, name)) is None:
+            continue
+        try:
+            Path(folder).mkdir(parents=True, exist_ok=True)
+            tempfile.TemporaryFile(dir=folder).close()
+        except OSError as error:
+            fail(f"--{name} {folder}: {error.strerror}; name a folder that can be written to")
 
 
 def is_sharded(accelerator: Accelerator) -> bool:
@@ -1746,6 +1726,28 @@ def prepare_data(model, photos: list[Photo], args: argparse.Namespace, accelerat
         rejected = read_rejected(files)
     dataset = PhotoSet(photos, rejected, model.pipeline.vae, args, accelerator.device)
     return dataset, Validation(photos, rejected, model, args, accelerator)
+
+
+def make_optimizer(parameters: list, args: argparse.Namespace) -> torch.optim.Optimizer:
+    decay = {"lr": args.learning_rate, "weight_decay": args.adam_weight_decay}
+    options = decay | {"betas": (args.adam_beta1, args.adam_beta2), "eps": args.adam_epsilon}
+    if args.optimizer == "adamw_8bit":
+        import bitsandbytes
+
+        return bitsandbytes.optim.AdamW8bit(parameters, **options)
+    if args.optimizer == "adafactor":
+        from transformers.optimization import Adafactor
+
+        return Adafactor(parameters, **decay, scale_parameter=False, relative_step=False)
+    if args.optimizer == "prodigy":
+        from prodigyopt import Prodigy
+
+        return Prodigy(parameters, **options, safeguard_warmup=True, use_bias_correction=True)
+    if args.optimizer == "adamw_bf16":
+        import optimi
+
+        return optimi.AdamW(parameters, **options, kahan_sum=True)
+    return torch.optim.AdamW(parameters, **options, fused=True)
 
 
 def prepare_training(model, dataset: PhotoSet, checkpoint: Path | None, args, accelerator: Accelerator) -> tuple:
@@ -1819,7 +1821,7 @@ def main(args: argparse.Namespace) -> None:
     if args.push_to_hub and accelerator.is_main_process:
         args.hub_model_id = create_repository(args)
 
-    weight_dtype = {"fp16": torch.float16, "bf16": torch.bfloat16}.get(accelerator.mixed_precision, torch.float32)
+    weight_dtype = HALF_DTYPES.get(accelerator.mixed_precision, torch.float32)
     pipeline = load_frozen_models(args, device, weight_dtype)
     model, noise_scheduler = load_model(pipeline, args, accelerator)
     dataset, validation = prepare_data(model, photos, args, accelerator)
@@ -1828,6 +1830,7 @@ def main(args: argparse.Namespace) -> None:
         accelerator.init_trackers("mapo", config={k: str(v) for k, v in public_settings(args).items()})
 
     log, signals, step = MetricsLog(first_step, args, accelerator), watch_signals(), first_step
+    patience = args.max_nonfinite_steps + (20 if accelerator.scaler else 0)  # fp16 finds its scale by such steps
     logger.info(f"First step after {time.perf_counter() - started:.1f} s.")
     for positions in list_batches(first_step, args, accelerator):
         with accelerator.accumulate(model):
@@ -1850,9 +1853,7 @@ def main(args: argparse.Namespace) -> None:
         if args.refresh_rejected_steps and step % args.refresh_rejected_steps == 0 and step < args.max_train_steps:
             refresh_rejected(step, model, dataset, args, accelerator)
         stop = any_process(bool(signals), accelerator)
-        lost = log.skipped_in_a_row >= args.max_nonfinite_steps + (
-            20 if accelerator.scaler else 0
-        )  # to find its scale
+        lost = log.skipped_in_a_row >= patience
         if step % args.checkpointing_steps == 0 or stop or lost:
             log.flush()
             saved = save_checkpoint(step, args, accelerator)

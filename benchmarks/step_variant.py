@@ -289,7 +289,7 @@ class Training:
     def __init__(self, variant: Variant, args, accelerator, device: torch.device) -> None:
         self.variant, self.args, self.accelerator, self.device = variant, args, accelerator, device
         folder = CASES[variant.case]["folder"]
-        dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(args.mixed_precision, torch.float32)
+        dtype = script.HALF_DTYPES.get(args.mixed_precision, torch.float32)
         self.pipeline, reference = None, None
         with random_weights(folder, device):
             if variant.encode_captions or not args.cache_latents:
@@ -333,9 +333,9 @@ class Training:
             self.accelerator.backward(loss)
             mark("backward")
             self.log.add(metrics)
-            grad_norm = self.accelerator.clip_grad_norm_(self.unet.parameters(), self.args.max_grad_norm)
-            skip = self.variant.finite_check and self.accelerator.scaler is None and not bool(grad_norm.isfinite())
-            if not skip:
+            grad_norm = script.clip_gradients(self.unet, self.args, self.accelerator)
+            skip = self.variant.finite_check and not bool(grad_norm.isfinite())
+            if not skip or self.accelerator.scaler is not None:
                 self.optimizer.step()
             self.optimizer.zero_grad()
         self.done += 1
