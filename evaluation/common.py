@@ -12,10 +12,10 @@
 # See the License for the specific language governing permissions and
 # limitations under the License.
 """
-What the scripts of `pairs/` and `evaluation/` share: one-line errors, files that survive a kill, tables of pictures,
+What the scripts of `pairs/` and `evaluation/` share: one-line errors, files that survive a kill, tables of images,
 and a client for chat endpoints.
 
-Between the stages lie JSON lines that only grow and pictures that appear whole or not at all, so a stage that was
+Between the stages lie JSON lines that only grow and images that appear whole or not at all, so a stage that was
 killed looks at what is there and does the rest.
 """
 
@@ -39,9 +39,9 @@ from PIL import Image
 
 REPO = Path(__file__).resolve().parents[1]
 TABLE_SUFFIXES = (".txt", ".jsonl", ".json", ".csv", ".tsv", ".parquet")
-PICTURE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff")
+IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff")
 CAPTION_COLUMNS = ("caption", "prompt", "text", "Prompt", "original_prompt.txt")
-PICTURE_COLUMNS = ("image", "picture", "path", "file_name", "jpg", "png")
+IMAGE_COLUMNS = ("image", "picture", "path", "file_name", "jpg", "png")
 CLIP_WORDS = 75  # CLIP's text encoders read 77 tokens, two of them marks: more words than this never fit
 
 
@@ -157,7 +157,7 @@ def load_rows(source: str, flag: str, split: str = "train"):
     """Rows of a table as dicts, by position.
 
     Args:
-        source: .txt (a prompt a line), .jsonl, .json, .csv, .tsv, .parquet; a folder of pictures with NAME.txt beside
+        source: .txt (a prompt a line), .jsonl, .json, .csv, .tsv, .parquet; a folder of images with NAME.txt beside
             NAME.png, of `generate.py`, or of a data set; else an id on the hub.
         flag: name of the flag for errors.
 
@@ -168,13 +168,13 @@ def load_rows(source: str, flag: str, split: str = "train"):
     try:
         if path.is_dir() and (path / "images.jsonl").exists():
             return read_table(path / "images.jsonl"), root
-        if path.is_dir() and (pictures := [p for p in sorted(path.iterdir()) if p.suffix.lower() in PICTURE_SUFFIXES]):
+        if path.is_dir() and (images := [p for p in sorted(path.iterdir()) if p.suffix.lower() in IMAGE_SUFFIXES]):
             for name in ("metadata.jsonl", "metadata.csv"):
                 if (path / name).exists():
                     return read_table(path / name), root
-            if lonely := [p.name for p in pictures if not p.with_suffix(".txt").exists()]:
+            if lonely := [p.name for p in images if not p.with_suffix(".txt").exists()]:
                 fail(f"{flag} {source}: no {Path(lonely[0]).stem}.txt with the caption beside {lonely[0]}")
-            return [{"caption": p.with_suffix(".txt").read_text().strip(), "image": p.name} for p in pictures], root
+            return [{"caption": p.with_suffix(".txt").read_text().strip(), "image": p.name} for p in images], root
         if path.suffix in (".txt", ".jsonl", ".json", ".csv", ".tsv"):
             return read_table(path), root
         return load_dataset_rows(source, split), root
@@ -247,20 +247,20 @@ def load_prompts(source: str, column: str | None = None, split: str = "train") -
     return rows
 
 
-def open_picture(value, root: Path, where: str) -> Image.Image:
+def open_image(value, root: Path, where: str) -> Image.Image:
     """RGB, upright, transparency on white, as training sees it."""
     from train_diffusion_mapo_sdxl import decode_picture
 
     try:
         return decode_picture(value, root)
     except Exception as error:
-        fail(f"{where}: no readable picture ({error}): mend it or remove the row")
+        fail(f"{where}: no readable image ({error}): mend it or remove the row")
 
 
 def load_pairs(source: str, flag: str, split: str = "train"):
-    """The pairs of any data set that the training scripts read: `captions`, `rows`, `pictures(i)` -> chosen, rejected.
+    """The pairs of any data set that the training scripts read: `captions`, `rows`, `images(i)` -> chosen, rejected.
 
-    Unlike in training, a picture is read only when it is asked for.
+    Unlike in training, a image is read only when it is asked for.
     """
     import train_diffusion_mapo_sdxl as training
 
@@ -314,14 +314,14 @@ class Endpoint:
         self.key = os.environ.get(args.api_key_env, "")
         self.workers = args.endpoint_workers
 
-    def ask(self, text: str, picture: Image.Image | None = None, temperature: float = 0.0, max_tokens=512) -> str:
+    def ask(self, text: str, image: Image.Image | None = None, temperature: float = 0.0, max_tokens=512) -> str:
         """The assistant's answer; empty where it refused."""
         import requests
 
         content = text
-        if picture is not None:
+        if image is not None:
             buffer = io.BytesIO()
-            picture.save(buffer, "PNG")
+            image.save(buffer, "PNG")
             data = base64.b64encode(buffer.getvalue()).decode()
             content = [
                 {"type": "image_url", "image_url": {"url": f"data:image/png;base64,{data}"}},

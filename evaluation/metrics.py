@@ -14,18 +14,18 @@
 """
 The metrics that `score.py` knows, each with the model class and the file format that it was published in.
 
-Every metric takes pictures (PIL, RGB) and prompts and gives one number for each picture; more is better.
+Every metric takes images (PIL, RGB) and prompts and gives one number for each image; more is better.
 
 | name | number | preprocessing |
 |---|---|---|
-| pickscore | exp(logit_scale) * cos(text, picture), CLIP H/14 | shorter side to 224, centre crop |
+| pickscore | exp(logit_scale) * cos(text, image), CLIP H/14 | shorter side to 224, centre crop |
 | hps | 100 * cos, HPS v2.1's CLIP H/14 | longer side to 224, black bars |
 | aesthetic | five linear layers on the L2-normalised embedding of CLIP L/14 | shorter side to 224, centre crop |
 | imagereward | (BLIP L and five linear layers - 0.16717) / 1.03334 | shorter side to 224, centre crop; 35 tokens |
 | clip | 100 * max(cos, 0), CLIP L/14 | shorter side to 224, centre crop |
 | siglip | 100 * sigmoid(exp(logit_scale) * cos + logit_bias) | squeezed to 384 x 384; 64 tokens, padded |
-| dinov2 | mean cosine of CLS to the reference pictures' | shorter side to 256, centre crop of 224 |
-| judge | 1 to 10, a vision-language model's rating by a criterion | the picture as it is |
+| dinov2 | mean cosine of CLS to the reference images' | shorter side to 256, centre crop of 224 |
+| judge | 1 to 10, a vision-language model's rating by a criterion | the image as it is |
 | style | logit of the demo's style judge, positive for Noto's | squeezed to 64 x 64 |
 
 HPS and ImageReward need neither open_clip nor ImageReward's package, which are unmaintained or need torchvision: their
@@ -81,7 +81,7 @@ def load_state(place: str) -> dict[str, torch.Tensor]:
     return state.get("state_dict", state)
 
 
-def load_picture_processor(place: str):
+def load_image_processor(place: str):
     """The PIL implementation: torchvision's, which transformers prefers where it is installed, shifts scores."""
     from transformers import AutoImageProcessor
 
@@ -125,7 +125,7 @@ class Clip:
 
         self.device = args.device
         self.model = self.load_model(args.weights[self.model_key]).eval().to(self.device)
-        self.processor = load_picture_processor(args.weights[self.processor_key])
+        self.processor = load_image_processor(args.weights[self.processor_key])
         self.tokenizer = AutoTokenizer.from_pretrained(args.weights[self.processor_key])
 
     def load_model(self, place: str):
@@ -133,20 +133,20 @@ class Clip:
 
         return CLIPModel.from_pretrained(place, dtype=torch.float32)
 
-    def prepare(self, pictures: list[Image.Image]) -> torch.Tensor:
+    def prepare(self, images: list[Image.Image]) -> torch.Tensor:
         """(N, 3, H, W), normalised"""
-        return self.processor(images=pictures, return_tensors="pt")["pixel_values"]
+        return self.processor(images=images, return_tensors="pt")["pixel_values"]
 
-    def embed_pictures(self, pictures: list[Image.Image]) -> torch.Tensor:
-        return self.model.get_image_features(pixel_values=self.prepare(pictures).to(self.device)).pooler_output
+    def embed_images(self, images: list[Image.Image]) -> torch.Tensor:
+        return self.model.get_image_features(pixel_values=self.prepare(images).to(self.device)).pooler_output
 
     def embed_prompts(self, prompts: list[str]) -> torch.Tensor:
         length = self.model.config.text_config.max_position_embeddings
         tokens = self.tokenizer(prompts, padding=True, truncation=True, max_length=length, return_tensors="pt")
         return self.model.get_text_features(**tokens.to(self.device)).pooler_output
 
-    def score(self, pictures: list[Image.Image], prompts: list[str]) -> torch.Tensor:
-        return self.number(cosine(self.embed_pictures(pictures), self.embed_prompts(prompts)))
+    def score(self, images: list[Image.Image], prompts: list[str]) -> torch.Tensor:
+        return self.number(cosine(self.embed_images(images), self.embed_prompts(prompts)))
 
     def number(self, cos: torch.Tensor) -> torch.Tensor:
         return 100 * cos.clamp(min=0)
@@ -172,23 +172,21 @@ class Hps(Clip):
         model.load_state_dict(state)
         return model.float()
 
-    def prepare(self, pictures: list[Image.Image]) -> torch.Tensor:
+    def prepare(self, images: list[Image.Image]) -> torch.Tensor:
         side = self.model.config.vision_config.image_size
-        pixels = np.stack([np.asarray(pad_to_square(picture, side)) for picture in pictures]) / 255
+        pixels = np.stack([np.asarray(pad_to_square(image, side)) for image in images]) / 255
         return torch.from_numpy((pixels - CLIP_MEAN) / CLIP_STD).permute(0, 3, 1, 2).float()
 
     def number(self, cos: torch.Tensor) -> torch.Tensor:
         return 100 * cos
 
 
-def pad_to_square(picture: Image.Image, side: int) -> Image.Image:
+def pad_to_square(image: Image.Image, side: int) -> Image.Image:
     """The longer side to `side`, bicubic, black bars beside the shorter one; an odd pixel goes to the end."""
-    scale = side / max(picture.size)
-    width, height = (round(length * scale) for length in picture.size)
+    scale = side / max(image.size)
+    width, height = (round(length * scale) for length in image.size)
     canvas = Image.new("RGB", (side, side))
-    canvas.paste(
-        picture.resize((width, height), Image.Resampling.BICUBIC), ((side - width) // 2, (side - height) // 2)
-    )
+    canvas.paste(image.resize((width, height), Image.Resampling.BICUBIC), ((side - width) // 2, (side - height) // 2))
     return canvas
 
 
@@ -261,8 +259,8 @@ class Aesthetic(Clip):
         super().__init__(args)
         self.head = LinearHead(load_state(args.weights["aesthetic"]), "", self.device)
 
-    def score(self, pictures: list[Image.Image], prompts: list[str]) -> torch.Tensor:
-        return self.head(F.normalize(self.embed_pictures(pictures), dim=-1))
+    def score(self, images: list[Image.Image], prompts: list[str]) -> torch.Tensor:
+        return self.head(F.normalize(self.embed_images(images), dim=-1))
 
 
 class Siglip(Clip):
@@ -285,7 +283,7 @@ class Siglip(Clip):
 
 
 class ImageReward:
-    """BLIP reads the prompt while it looks at the picture; a linear head on [CLS] gives the reward."""
+    """BLIP reads the prompt while it looks at the image; a linear head on [CLS] gives the reward."""
 
     mean, std, tokens = 0.16717362830052426, 1.0333394966054072, 35
 
@@ -305,11 +303,11 @@ class ImageReward:
         side = vision_config.image_size
         self.processor = CLIPImageProcessorPil(size={"shortest_edge": side}, crop_size={"height": side, "width": side})
 
-    def prepare(self, pictures: list[Image.Image]) -> torch.Tensor:
-        return self.processor(images=pictures, return_tensors="pt")["pixel_values"]
+    def prepare(self, images: list[Image.Image]) -> torch.Tensor:
+        return self.processor(images=images, return_tensors="pt")["pixel_values"]
 
-    def score(self, pictures: list[Image.Image], prompts: list[str]) -> torch.Tensor:
-        seen = self.vision(pixel_values=self.prepare(pictures).to(self.device)).last_hidden_state
+    def score(self, images: list[Image.Image], prompts: list[str]) -> torch.Tensor:
+        seen = self.vision(pixel_values=self.prepare(images).to(self.device)).last_hidden_state
         tokens = self.tokenizer(
             prompts, padding="max_length", truncation=True, max_length=self.tokens, return_tensors="pt"
         ).to(self.device)
@@ -377,34 +375,34 @@ def read_image_reward(state: dict[str, torch.Tensor]):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Pictures alone
+# Images alone
 # ---------------------------------------------------------------------------------------------------------------------
 
 
 class Dinov2:
-    """Mean cosine of a picture's CLS to those of the reference pictures."""
+    """Mean cosine of an image's CLS to those of the reference images."""
 
     def __init__(self, args: argparse.Namespace) -> None:
         from transformers import Dinov2Model
 
         self.device = args.device
         self.model = Dinov2Model.from_pretrained(args.weights["dinov2"], dtype=torch.float32).eval().to(self.device)
-        self.processor = load_picture_processor(args.weights["dinov2"])
+        self.processor = load_image_processor(args.weights["dinov2"])
         self.references = None
         if getattr(args, "references", None):
-            self.references = torch.cat([self.embed_pictures([picture]) for picture in args.references])
+            self.references = torch.cat([self.embed_images([image]) for image in args.references])
 
-    def prepare(self, pictures: list[Image.Image]) -> torch.Tensor:
-        return self.processor(images=pictures, return_tensors="pt")["pixel_values"]
+    def prepare(self, images: list[Image.Image]) -> torch.Tensor:
+        return self.processor(images=images, return_tensors="pt")["pixel_values"]
 
     @torch.no_grad()
-    def embed_pictures(self, pictures: list[Image.Image]) -> torch.Tensor:
+    def embed_images(self, images: list[Image.Image]) -> torch.Tensor:
         """(N, D), of length 1"""
-        hidden = self.model(pixel_values=self.prepare(pictures).to(self.device)).last_hidden_state
+        hidden = self.model(pixel_values=self.prepare(images).to(self.device)).last_hidden_state
         return F.normalize(hidden[:, 0], dim=-1)
 
-    def score(self, pictures: list[Image.Image], prompts: list[str]) -> torch.Tensor:
-        return (self.embed_pictures(pictures) @ self.references.T).mean(1)
+    def score(self, images: list[Image.Image], prompts: list[str]) -> torch.Tensor:
+        return (self.embed_images(images) @ self.references.T).mean(1)
 
 
 class Style:
@@ -415,10 +413,10 @@ class Style:
 
         self.model = StyleJudge.from_pretrained(args.weights["style"])
 
-    def score(self, pictures: list[Image.Image], prompts: list[str]) -> torch.Tensor:
+    def score(self, images: list[Image.Image], prompts: list[str]) -> torch.Tensor:
         from demo.style_judge import to_batch
 
-        return self.model(to_batch(pictures))
+        return self.model(to_batch(images))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -426,7 +424,7 @@ class Style:
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-JUDGE_TEXT = """You rate a picture that a computer drew.
+JUDGE_TEXT = """You rate an image that a computer made.
 
 It was asked for: {prompt}
 
@@ -435,7 +433,7 @@ Judge by this criterion only: {criterion}
 Rate from 1 to 10, where 1-2 is extremely poor, 3-4 poor, 5-6 average, 7-8 good and 9-10 outstanding. Answer in exactly
 this form, with nothing before or after it:
 
-ANALYSIS: one or two sentences on how the picture meets the criterion
+ANALYSIS: one or two sentences on how the image meets the criterion
 RATING: a number from 1 to 10"""
 
 
@@ -463,8 +461,8 @@ class LocalJudge:
             raise ImportError("its processor needs torchvision: install it, or use --judge_endpoint") from error
 
     @torch.no_grad()
-    def ask(self, text: str, picture: Image.Image | None = None, temperature: float = 0.0, max_tokens=512) -> str:
-        content = [{"type": "image", "image": picture}, {"type": "text", "text": text}]
+    def ask(self, text: str, image: Image.Image | None = None, temperature: float = 0.0, max_tokens=512) -> str:
+        content = [{"type": "image", "image": image}, {"type": "text", "text": text}]
         inputs = self.processor.apply_chat_template(
             [{"role": "user", "content": content}],
             add_generation_prompt=True,
@@ -487,22 +485,22 @@ class Judge:
             Endpoint(args.judge_endpoint, model, args) if args.judge_endpoint else LocalJudge(model, args.device)
         )
 
-    def rate(self, picture: Image.Image, prompt: str) -> float:
+    def rate(self, image: Image.Image, prompt: str) -> float:
         text = JUDGE_TEXT.format(prompt=prompt, criterion=self.criterion)
         for attempt in range(self.tries):
-            rating = parse_rating(self.model.ask(text, picture, temperature=0.7 if attempt else 0.0))
+            rating = parse_rating(self.model.ask(text, image, temperature=0.7 if attempt else 0.0))
             if rating is not None:
                 return rating
         return math.nan
 
-    def score(self, pictures: list[Image.Image], prompts: list[str]) -> torch.Tensor:
+    def score(self, images: list[Image.Image], prompts: list[str]) -> torch.Tensor:
         if self.model.workers > 1:
             from concurrent.futures import ThreadPoolExecutor
 
             with ThreadPoolExecutor(self.model.workers) as pool:
-                ratings = list(pool.map(self.rate, pictures, prompts))
+                ratings = list(pool.map(self.rate, images, prompts))
         else:
-            ratings = [self.rate(*pair) for pair in zip(pictures, prompts)]
+            ratings = [self.rate(*pair) for pair in zip(images, prompts)]
         return torch.tensor(ratings)
 
 
@@ -537,8 +535,8 @@ def add_judge_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--judge_endpoint", help="Base address of an OpenAI-compatible server, such as .../v1.")
     parser.add_argument(
         "--judge_criterion",
-        default="the picture shows what was asked for, without faults",
-        help="What the judge goes by, such as 'the picture is a cartoon'.",
+        default="the image shows what was asked for, without faults",
+        help="What the judge goes by, such as 'the image is a cartoon'.",
     )
     parser.add_argument("--judge_tries", type=int, default=3, help="Answers to ask for until one has a rating.")
 

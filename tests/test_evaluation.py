@@ -39,12 +39,12 @@ def error_line(process: subprocess.Popen) -> str:
     return said.strip().splitlines()[-1]
 
 
-def random_pictures(seed: int = 0) -> list[Image.Image]:
+def random_images(seed: int = 0) -> list[Image.Image]:
     """Wide, tall and square."""
     noise = np.random.default_rng(seed)
     shapes = ((40, 71), (90, 53), (64, 64))
-    pictures = [Image.fromarray(noise.integers(0, 256, (3, 3, 3), dtype=np.uint8)) for _ in shapes]
-    return [picture.resize(shape[::-1], Image.Resampling.BICUBIC) for picture, shape in zip(pictures, shapes)]
+    images = [Image.fromarray(noise.integers(0, 256, (3, 3, 3), dtype=np.uint8)) for _ in shapes]
+    return [image.resize(shape[::-1], Image.Resampling.BICUBIC) for image, shape in zip(images, shapes)]
 
 
 def randomise(model: torch.nn.Module, seed: int = 0) -> torch.nn.Module:
@@ -93,11 +93,11 @@ def metric_args(**weights) -> SimpleNamespace:
     return SimpleNamespace(device="cpu", weights=metrics.WEIGHTS | {k: str(v) for k, v in weights.items()})
 
 
-def crop_shorter_side(picture: Image.Image, resize: int, crop: int) -> np.ndarray:
+def crop_shorter_side(image: Image.Image, resize: int, crop: int) -> np.ndarray:
     """What CLIP's, PickScore's and DINOv2's pages state, by hand. (crop, crop, 3) in [0, 1]"""
-    shorter, longer = sorted(picture.size)
-    sides = [resize if side == shorter else int(resize * longer / shorter) for side in picture.size]
-    resized = np.asarray(picture.resize(sides, Image.Resampling.BICUBIC))
+    shorter, longer = sorted(image.size)
+    sides = [resize if side == shorter else int(resize * longer / shorter) for side in image.size]
+    resized = np.asarray(image.resize(sides, Image.Resampling.BICUBIC))
     top, left = (resized.shape[0] - crop) // 2, (resized.shape[1] - crop) // 2
     return resized[top : top + crop, left : left + crop] / 255
 
@@ -113,7 +113,7 @@ def cosines(a: torch.Tensor, b: torch.Tensor) -> np.ndarray:
 
 def raw_features(model, metric) -> tuple[torch.Tensor, torch.Tensor]:
     """From pixels and tokens that were prepared here, one by one, without padding."""
-    pixels = to_input([crop_shorter_side(picture, 28, 28) for picture in random_pictures()])
+    pixels = to_input([crop_shorter_side(image, 28, 28) for image in random_images()])
     seen = model.get_image_features(pixel_values=torch.from_numpy(pixels).float()).pooler_output
     tokens = [torch.tensor([metric.tokenizer(prompt).input_ids]) for prompt in PROMPTS]
     return seen, torch.cat([model.get_text_features(input_ids=ids).pooler_output for ids in tokens])
@@ -134,10 +134,10 @@ def test_clip_score_and_pickscore(clip_folder, name):
         cos = cosines(*raw_features(metric.model, metric))
         assert np.ptp(cos) > 0.05 and (np.sign(cos) == sign).all()
         expected = 100 * np.maximum(cos, 0) if name == "clip" else np.exp(np.log(100)) * cos
-        np.testing.assert_allclose(metric.score(random_pictures(), PROMPTS), expected, atol=2e-3)
+        np.testing.assert_allclose(metric.score(random_images(), PROMPTS), expected, atol=2e-3)
 
-    pixels = to_input([crop_shorter_side(picture, 28, 28) for picture in random_pictures()])
-    np.testing.assert_allclose(metric.prepare(random_pictures()), pixels, atol=1e-5)
+    pixels = to_input([crop_shorter_side(image, 28, 28) for image in random_images()])
+    np.testing.assert_allclose(metric.prepare(random_images()), pixels, atol=1e-5)
 
 
 @pytest.mark.parametrize("suffix", ["pth", "safetensors"])
@@ -157,7 +157,7 @@ def test_aesthetic(clip_folder, tmp_path, suffix):
     for place in (0, 2, 4, 6, 7):
         x = x @ state[f"layers.{place}.weight"].double().numpy().T + state[f"layers.{place}.bias"].double().numpy()
     assert np.ptp(x) > 0.1
-    np.testing.assert_allclose(metric.score(random_pictures(), PROMPTS), x[:, 0], rtol=1e-4, atol=1e-4)
+    np.testing.assert_allclose(metric.score(random_images(), PROMPTS), x[:, 0], rtol=1e-4, atol=1e-4)
 
 
 @torch.no_grad()
@@ -175,35 +175,33 @@ def test_siglip(tmp_path):
     SiglipImageProcessorPil(size={"height": 28, "width": 28}).save_pretrained(tmp_path)
     metric = metrics.load_metric("siglip", metric_args(siglip=tmp_path))
 
-    squeezed = [np.asarray(p.resize((28, 28), Image.Resampling.BICUBIC)) / 255 for p in random_pictures()]
+    squeezed = [np.asarray(p.resize((28, 28), Image.Resampling.BICUBIC)) / 255 for p in random_images()]
     pixels = to_input(squeezed, 0.5, 0.5)
-    np.testing.assert_allclose(metric.prepare(random_pictures()), pixels, atol=1e-5)
+    np.testing.assert_allclose(metric.prepare(random_images()), pixels, atol=1e-5)
     ids = [tokenizer(prompt).input_ids for prompt in PROMPTS]
     padded = torch.tensor([row + [tokenizer.pad_token_id] * (16 - len(row)) for row in ids])
     seen = model.eval().get_image_features(pixel_values=torch.from_numpy(pixels).float()).pooler_output
     cos = cosines(seen, model.get_text_features(input_ids=padded).pooler_output)
     expected = 100 / (1 + np.exp(-(math.e * cos - 0.5)))
     assert np.ptp(expected) > 0.5
-    np.testing.assert_allclose(metric.score(random_pictures(), PROMPTS), expected, atol=1e-3)
+    np.testing.assert_allclose(metric.score(random_images(), PROMPTS), expected, atol=1e-3)
 
 
 @torch.no_grad()
 def test_dinov2(dino_folder):
     args = metric_args(dinov2=dino_folder)
-    args.references = random_pictures(seed=7)[:2]
+    args.references = random_images(seed=7)[:2]
     metric = metrics.load_metric("dinov2", args)
 
-    def embed(pictures):
-        pixels = to_input(
-            [crop_shorter_side(p, 32, 28) for p in pictures], (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
-        )
-        np.testing.assert_allclose(metric.prepare(pictures), pixels, atol=1e-5)
+    def embed(images):
+        pixels = to_input([crop_shorter_side(p, 32, 28) for p in images], (0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
+        np.testing.assert_allclose(metric.prepare(images), pixels, atol=1e-5)
         hidden = metric.model(pixel_values=torch.from_numpy(pixels).float()).last_hidden_state
         return hidden[:, 0].double().numpy()
 
-    pictures, references = embed(random_pictures()), embed(args.references)
-    expected = [np.mean([p @ r / np.linalg.norm(p) / np.linalg.norm(r) for r in references]) for p in pictures]
-    np.testing.assert_allclose(metric.score(random_pictures(), PROMPTS), expected, atol=1e-5)
+    images, references = embed(random_images()), embed(args.references)
+    expected = [np.mean([p @ r / np.linalg.norm(p) / np.linalg.norm(r) for r in references]) for p in images]
+    np.testing.assert_allclose(metric.score(random_images(), PROMPTS), expected, atol=1e-5)
 
 
 @pytest.fixture(scope="module")
@@ -277,12 +275,12 @@ def random_state(shapes: dict[str, tuple], seed: int = 0) -> dict[str, torch.Ten
     }
 
 
-def black_bars(picture: Image.Image, side: int) -> np.ndarray:
+def black_bars(image: Image.Image, side: int) -> np.ndarray:
     """HPS: the longer side to `side`, zeros around. (side, side, 3) in [0, 1]"""
-    width, height = (round(length * side / max(picture.size)) for length in picture.size)
+    width, height = (round(length * side / max(image.size)) for length in image.size)
     canvas = np.zeros((side, side, 3))
     top, left = (side - height) // 2, (side - width) // 2
-    resized = picture.resize((width, height), Image.Resampling.BICUBIC)
+    resized = image.resize((width, height), Image.Resampling.BICUBIC)
     canvas[top : top + height, left : left + width] = np.asarray(resized) / 255
     return canvas
 
@@ -321,9 +319,9 @@ def test_hps_reads_open_clips_checkpoint(clip_folder, tmp_path):
 
     w = {name: tensor.double().numpy() for name, tensor in state.items()}
     expected = []
-    for picture, prompt in zip(random_pictures(), PROMPTS):
-        pixels = to_input([black_bars(picture, 28)])
-        np.testing.assert_allclose(metric.prepare([picture]), pixels, atol=1e-5)
+    for image, prompt in zip(random_images(), PROMPTS):
+        pixels = to_input([black_bars(image, 28)])
+        np.testing.assert_allclose(metric.prepare([image]), pixels, atol=1e-5)
         x = np.concatenate([w["visual.class_embedding"][None], patches_of(pixels[0], w["visual.conv1.weight"])])
         x = layer_norm(x + w["visual.positional_embedding"], w, "visual.ln_pre", 1e-5)
         seen = layer_norm(open_clip_blocks(x, w, "visual.", 2)[0], w, "visual.ln_post", 1e-5) @ w["visual.proj"]
@@ -333,7 +331,7 @@ def test_hps_reads_open_clips_checkpoint(clip_folder, tmp_path):
         read = layer_norm(x[np.argmax(ids)], w, "ln_final", 1e-5) @ w["text_projection"]
         expected.append(100 * seen @ read / np.linalg.norm(seen) / np.linalg.norm(read))
     assert np.ptp(expected) > 1
-    np.testing.assert_allclose(metric.score(random_pictures(), PROMPTS), expected, atol=1e-3)
+    np.testing.assert_allclose(metric.score(random_images(), PROMPTS), expected, atol=1e-3)
 
 
 @torch.no_grad()
@@ -384,16 +382,14 @@ def test_image_reward_reads_its_own_checkpoint(tmp_path):
     metric = metrics.load_metric("imagereward", args)
 
     w = {name: tensor.double().numpy() for name, tensor in state.items()}
-    expected = [
-        image_reward(w, picture, tokenizer(prompt).input_ids) for picture, prompt in zip(random_pictures(), PROMPTS)
-    ]
+    expected = [image_reward(w, image, tokenizer(prompt).input_ids) for image, prompt in zip(random_images(), PROMPTS)]
     assert np.ptp(expected) > 0.1
-    np.testing.assert_allclose(metric.score(random_pictures(), PROMPTS), expected, rtol=1e-3, atol=1e-3)
+    np.testing.assert_allclose(metric.score(random_images(), PROMPTS), expected, rtol=1e-3, atol=1e-3)
 
 
-def image_reward(w: dict, picture: Image.Image, ids: list[int]) -> float:
+def image_reward(w: dict, image: Image.Image, ids: list[int]) -> float:
     """Without padding: the mask must take its part away."""
-    pixels = to_input([crop_shorter_side(picture, 28, 28)])[0]
+    pixels = to_input([crop_shorter_side(image, 28, 28)])[0]
     vision = "blip.visual_encoder."
     x = patches_of(pixels, w[f"{vision}patch_embed.proj.weight"]) + w[f"{vision}patch_embed.proj.bias"]
     x = np.concatenate([w[f"{vision}cls_token"][0], x]) + w[f"{vision}pos_embed"][0]
@@ -458,13 +454,13 @@ def test_weights_that_hold_code_are_not_run(clip_folder, tmp_path):
     assert not (tmp_path / "trapped").exists()
 
 
-@pytest.mark.skipif("MAPO_ONLINE_PICTURES" not in os.environ, reason="needs the hub and ImageReward's README pictures")
+@pytest.mark.skipif("MAPO_ONLINE_IMAGES" not in os.environ, reason="needs the hub and ImageReward's README images")
 def test_known_values_of_image_reward():
-    folder = Path(os.environ["MAPO_ONLINE_PICTURES"])  # assets/images of ImageReward's repository: 1.webp to 4.webp
-    pictures = [Image.open(folder / f"{n}.webp").convert("RGB") for n in (1, 2, 3, 4)]
+    folder = Path(os.environ["MAPO_ONLINE_IMAGES"])  # assets/images of ImageReward's repository: 1.webp to 4.webp
+    images = [Image.open(folder / f"{n}.webp").convert("RGB") for n in (1, 2, 3, 4)]
     prompt = "a painting of an ocean with clouds and birds, day time, low depth field effect"
     with torch.no_grad():
-        rewards = metrics.load_metric("imagereward", metric_args()).score(pictures, [prompt] * 4)
+        rewards = metrics.load_metric("imagereward", metric_args()).score(images, [prompt] * 4)
     np.testing.assert_allclose(rewards, (0.5812, 0.2745, -1.4132, -2.0296), atol=5e-3)
 
 
@@ -481,7 +477,7 @@ def test_interval_of_single_values_is_the_normal_one():
     assert abs(high - (values.mean() + 1.96 * error)) < 0.1 * error
 
 
-def test_interval_draws_whole_prompts():
+def test_interval_resamples_whole_prompts():
     """Seeds that repeat their prompt's value add nothing."""
     values = np.random.default_rng(0).normal(size=50)
     alone = compare.bootstrap_interval(values, range(50))
@@ -540,7 +536,7 @@ def test_report_by_hand(tmp_path):
     run(compare, tmp_path, "--base", "base")
 
     (result,) = json.loads((tmp_path / "report.json").read_text())["results"]
-    assert (result["pictures"], result["prompts"], result["left_out"]) == (5, 3, 1)
+    assert (result["images"], result["prompts"], result["left_out"]) == (5, 3, 1)
     assert result["base_mean"] == 3.0 and result["mean"] == 3.6
     assert result["difference"] == pytest.approx(0.6)
     assert result["win_rate"] == pytest.approx((1 + 0.5 + 1 + 0 + 1) / 5)
@@ -569,7 +565,7 @@ def test_page_is_self_contained_and_takes_prompts_as_text(tmp_path):
     assert not re.search(r"""(src|href)\s*=\s*["']?(https?:|//|images/)""", page)
     data = json.loads(re.search(r'id="data">(.*?)</script>', page, re.DOTALL)[1])
     (row,) = (row for row in data["rows"] if row["seed"] == 0)
-    assert row["prompt"] == evil and row["pictures"]["tuned"].startswith("data:image/webp;base64,")
+    assert row["prompt"] == evil and row["images"]["tuned"].startswith("data:image/webp;base64,")
     assert row["scores"]["style"] == {"base": 1, "tuned": 3}
 
 
@@ -592,7 +588,7 @@ def test_compare_says_what_is_missing(tmp_path, flags, message):
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-DRAW = ("--resolution=64", "--num_inference_steps=2", "--guidance_scale=3", "--device=cpu")
+GENERATE = ("--resolution=64", "--num_inference_steps=2", "--guidance_scale=3", "--device=cpu")
 
 
 def pixels_of(path: Path) -> np.ndarray:
@@ -601,7 +597,7 @@ def pixels_of(path: Path) -> np.ndarray:
 
 def test_same_noise_for_every_model_batch_and_run(tmp_path):
     (tmp_path / "prompts.txt").write_text("rocket\nred apple\ngrinning face\n")
-    common_flags = (f"--prompts={tmp_path / 'prompts.txt'}", "--seeds", 0, 1, *DRAW)
+    common_flags = (f"--prompts={tmp_path / 'prompts.txt'}", "--seeds", 0, 1, *GENERATE)
     run(generate, *common_flags, "--models", f"a={MODEL}", f"b={MODEL}", f"--output_dir={tmp_path / 'x'}")
     run(generate, *common_flags, "--models", f"a={MODEL}", "--batch_size=1", f"--output_dir={tmp_path / 'y'}")
 
@@ -623,7 +619,7 @@ def test_same_noise_for_every_model_batch_and_run(tmp_path):
     manifest = json.loads((tmp_path / "x" / "manifest.json").read_text())
     assert manifest["versions"]["torch"] == torch.__version__ and manifest["models"]["b"] == {"base": MODEL}
 
-    with pytest.raises(SystemExit, match="holds pictures of num_inference_steps 2, now 3: name another"):
+    with pytest.raises(SystemExit, match="holds images of num_inference_steps 2, now 3: name another"):
         run(
             generate,
             *common_flags,
@@ -634,7 +630,7 @@ def test_same_noise_for_every_model_batch_and_run(tmp_path):
         )
 
 
-def test_lora_unet_and_embeddings_reach_the_pictures(tmp_path):
+def test_lora_unet_and_embeddings_reach_the_images(tmp_path):
     from diffusers import StableDiffusionXLPipeline
     from diffusers.utils import convert_state_dict_to_diffusers
     from peft import LoraConfig
@@ -664,18 +660,25 @@ def test_lora_unet_and_embeddings_reach_the_pictures(tmp_path):
         "both": f"{lora},{embeddings},tokens=<a>+<b>",
     }
     flags = [f"{name}={spec}" for name, spec in models.items()]
-    run(generate, f"--prompts={tmp_path / 'prompts.jsonl'}", *DRAW, f"--output_dir={tmp_path}", "--models", *flags)
+    run(generate, f"--prompts={tmp_path / 'prompts.jsonl'}", *GENERATE, f"--output_dir={tmp_path}", "--models", *flags)
 
-    drawn = {name: pixels_of(tmp_path / "images" / name / "00000-0.png") for name in models}
-    assert (drawn["none"] == drawn["base"]).all()
+    generated = {name: pixels_of(tmp_path / "images" / name / "00000-0.png") for name in models}
+    assert (generated["none"] == generated["base"]).all()
     for a, b in itertools.combinations(("base", "full", "lora", "both"), 2):
-        assert np.abs(drawn[a] - drawn[b]).mean() > 1, (a, b)
+        assert np.abs(generated[a] - generated[b]).mean() > 1, (a, b)
     prompts = {row["model"]: row["prompt"] for row in rows_of(tmp_path / "images.jsonl")}
     assert prompts["both"] == "<a> beside <b>" and prompts["lora"] == "dog beside cat"
 
     with pytest.raises(SystemExit, match="2 rows of clip_l for 1 tokens <a>"):
         flags = [f"bad={MODEL},{embeddings},tokens=<a>"]
-        run(generate, f"--prompts={tmp_path / 'prompts.jsonl'}", *DRAW, f"--output_dir={tmp_path}", "--models", *flags)
+        run(
+            generate,
+            f"--prompts={tmp_path / 'prompts.jsonl'}",
+            *GENERATE,
+            f"--output_dir={tmp_path}",
+            "--models",
+            *flags,
+        )
 
 
 @pytest.mark.parametrize(
@@ -724,14 +727,21 @@ def test_an_output_dir_that_is_a_file(tmp_path):
         ([REPO / "README.md", "--output=s.jsonl"], "README.md: is no folder of generate.py and no table"),
     ],
 )
-def test_score_says_what_is_no_source_of_pictures(flags, message):
+def test_score_says_what_is_no_source_of_images(flags, message):
     with pytest.raises(SystemExit, match=message):
         run(score, *flags, "--metrics", "style")
 
 
-def test_a_prompt_of_300_words_is_warned_of_and_drawn(tmp_path, capsys):
+def test_a_prompt_of_300_words_is_warned_of_and_generated(tmp_path, capsys):
     (tmp_path / "prompts.txt").write_text("rocket\n" + "very " * 299 + "long\n")
-    run(generate, f"--prompts={tmp_path / 'prompts.txt'}", *DRAW, f"--output_dir={tmp_path}", "--models", f"a={MODEL}")
+    run(
+        generate,
+        f"--prompts={tmp_path / 'prompts.txt'}",
+        *GENERATE,
+        f"--output_dir={tmp_path}",
+        "--models",
+        f"a={MODEL}",
+    )
     assert "1 captions have more than 75 words (row 1: 300)" in capsys.readouterr().err
     assert len(rows_of(tmp_path / "images.jsonl")) == 2
 
@@ -747,7 +757,7 @@ def wait_for(condition, process: subprocess.Popen) -> None:
 def test_killed_generate_and_score_lose_and_repeat_nothing(tmp_path):
     (tmp_path / "prompts.txt").write_text("".join(f"red apple {i}\n" for i in range(12)))
     out = tmp_path / "out"
-    flags = [f"--prompts={tmp_path / 'prompts.txt'}", *DRAW[:1], "--num_inference_steps=8", "--batch_size=1"]
+    flags = [f"--prompts={tmp_path / 'prompts.txt'}", *GENERATE[:1], "--num_inference_steps=8", "--batch_size=1"]
     flags += [f"--output_dir={out}", "--models", f"base={MODEL}"]
     process = start("evaluation/generate.py", *flags)
     wait_for(lambda: (out / "images.jsonl").exists() and len(rows_of(out / "images.jsonl")) >= 3, process)
@@ -778,10 +788,10 @@ def test_a_full_disk_ends_in_one_line_and_the_rerun_goes_on(tmp_path):
     import resource
 
     (tmp_path / "prompts.txt").write_text("rocket\nred apple\n")
-    flags = [f"--prompts={tmp_path / 'prompts.txt'}", *DRAW, f"--output_dir={tmp_path / 'out'}"]
+    flags = [f"--prompts={tmp_path / 'prompts.txt'}", *GENERATE, f"--output_dir={tmp_path / 'out'}"]
     flags += ["--models", f"base={MODEL}"]
 
-    def limit() -> None:  # a file can't grow beyond 2 kB: less than a picture, more than the manifest
+    def limit() -> None:  # a file can't grow beyond 2 kB: less than a image, more than the manifest
         resource.setrlimit(resource.RLIMIT_FSIZE, (2000, resource.RLIM_INFINITY))
 
     line = error_line(start("evaluation/generate.py", *flags, preexec_fn=limit))
@@ -819,7 +829,7 @@ def test_score_takes_a_table_and_names_what_it_cannot_read(tmp_path):
     assert row["score"] == pytest.approx(expected) and row["prompt"] == "red square"
 
     table.write_text("caption,image\nred square,red.png\nred square,torn.png\n")
-    with pytest.raises(SystemExit, match=r"table.csv: row 1: no readable picture"):
+    with pytest.raises(SystemExit, match=r"table.csv: row 1: no readable image"):
         run(score, table, "--metrics", "style", f"--output={tmp_path / 's2.jsonl'}")
     other = f"style={tmp_path / 'other.safetensors'}"
     with pytest.raises(SystemExit, match="holds style by .* name another file"):
@@ -829,7 +839,7 @@ def test_score_takes_a_table_and_names_what_it_cannot_read(tmp_path):
 
 
 def test_mismatch_is_measured_and_placed_between_the_papers_tasks(tmp_path, dino_folder):
-    flags = [f"--model={MODEL}", *DRAW, "--max_pairs=3", "--split=test", "--weights", f"dinov2={dino_folder}"]
+    flags = [f"--model={MODEL}", *GENERATE, "--max_pairs=3", "--split=test", "--weights", f"dinov2={dino_folder}"]
     flags += [f"--output_dir={tmp_path}", "--tasks", f"style={TEST_PAIRS}"]
     run(reference_mismatch, *flags)
 
@@ -838,8 +848,8 @@ def test_mismatch_is_measured_and_placed_between_the_papers_tasks(tmp_path, dino
     metric = metrics.load_metric("dinov2", metric_args(dinov2=dino_folder))
     pairs = common.load_pairs(TEST_PAIRS, "--tasks", "test")
     for row in rows:
-        drawn = Image.open(tmp_path / f"images/style/{row['row']:06d}.png")
-        a, b = metric.embed_pictures([drawn, pairs.pictures(row["row"])[0]]).double().numpy()
+        generated = Image.open(tmp_path / f"images/style/{row['row']:06d}.png")
+        a, b = metric.embed_images([generated, pairs.pictures(row["row"])[0]]).double().numpy()
         assert row["cos"] == pytest.approx(a @ b, abs=1e-5)
     assert len(rows) == 3 and result["similarity"] == pytest.approx(np.mean([row["cos"] for row in rows]))
     before = (tmp_path / "style.similarities.jsonl").read_bytes()
@@ -865,7 +875,9 @@ def test_geneval_layout(tmp_path):
     ]
     (tmp_path / "evaluation_metadata.jsonl").write_text("".join(json.dumps(row) + "\n" for row in metadata))
     prompts = f"--prompts={tmp_path / 'evaluation_metadata.jsonl'}"
-    run(generate, prompts, *DRAW, "--seeds", 0, 1, 2, 3, "--models", f"m={MODEL}", f"--output_dir={tmp_path / 'g'}")
+    run(
+        generate, prompts, *GENERATE, "--seeds", 0, 1, 2, 3, "--models", f"m={MODEL}", f"--output_dir={tmp_path / 'g'}"
+    )
     run(export_layouts, tmp_path / "g", "--model=m", "--layout=geneval", f"--output_dir={tmp_path / 'out'}")
 
     folders = [name for name in sorted(os.listdir(tmp_path / "out")) if name.isdigit()]
@@ -883,7 +895,7 @@ def test_compbench_layout(tmp_path):
     """The prompt before the last underscore, numbers through all prompts in six digits."""
     prompts = ["a green bench and a blue bowl", "The red hat was on top of the brown coat."]
     (tmp_path / "color_val.txt").write_text(f"{prompts[0]}\tgreen bench\n{prompts[1]}\n")
-    flags = (f"--prompts={tmp_path / 'color_val.txt'}", *DRAW, "--seeds", 0, 1)
+    flags = (f"--prompts={tmp_path / 'color_val.txt'}", *GENERATE, "--seeds", 0, 1)
     run(generate, *flags, "--models", f"m={MODEL}", f"--output_dir={tmp_path / 'g'}")
     run(export_layouts, tmp_path / "g", "--model=m", "--layout=t2i-compbench", f"--output_dir={tmp_path / 'out'}")
 
@@ -891,7 +903,7 @@ def test_compbench_layout(tmp_path):
     names.sort(key=lambda name: int(name.split("_")[-1].split(".")[0]))
     assert names[0] == "a green bench and a blue bowl_000000.png" and len(names) == 4
     assert [name.split("_")[0] for name in names] == [prompts[0], prompts[0], prompts[1], prompts[1]]
-    with pytest.raises(SystemExit, match="prompt 0 has no tag: draw the prompts of GenEval's"):
+    with pytest.raises(SystemExit, match="prompt 0 has no tag: generate from the prompts of GenEval's"):
         run(export_layouts, tmp_path / "g", "--model=m", "--layout=geneval", f"--output_dir={tmp_path / 'out2'}")
     with pytest.raises(SystemExit, match="--model x: .* has only m"):
         run(export_layouts, tmp_path / "g", "--model=x", "--layout=geneval", f"--output_dir={tmp_path / 'out3'}")
@@ -906,7 +918,7 @@ def test_help_explains_itself(name, capsys):
     assert done.value.code == 0 and f"python evaluation/{name}.py" in said
 
 
-def test_a_local_vision_language_model_is_asked_with_the_picture(tmp_path):
+def test_a_local_vision_language_model_is_asked_with_the_image(tmp_path):
     """A small random Llava: its answers are nonsense, which the judge must notice."""
     from transformers import (
         AutoTokenizer,
@@ -941,14 +953,14 @@ def test_a_local_vision_language_model_is_asked_with_the_picture(tmp_path):
     ).save_pretrained(tmp_path)
 
     judge = metrics.LocalJudge(str(tmp_path), "cpu")
-    answers = [judge.ask("red apple", picture, max_tokens=12) for picture in random_pictures()]
-    assert len(set(answers)) > 1 and answers[0] == judge.ask("red apple", random_pictures()[0], max_tokens=12)
+    answers = [judge.ask("red apple", image, max_tokens=12) for image in random_images()]
+    assert len(set(answers)) > 1 and answers[0] == judge.ask("red apple", random_images()[0], max_tokens=12)
 
     args = metric_args(judge=tmp_path)
     args.judge_endpoint, args.judge_criterion, args.judge_tries = None, "it is red", 2
     metric = metrics.load_metric("judge", args)
     ask = metric.model.ask
     asked = []
-    metric.model.ask = lambda text, picture, temperature: asked.append(text) or ask(text, picture, temperature, 12)
-    assert np.isnan(metric.score(random_pictures()[:1], ["red apple"])).all()
+    metric.model.ask = lambda text, image, temperature: asked.append(text) or ask(text, image, temperature, 12)
+    assert np.isnan(metric.score(random_images()[:1], ["red apple"])).all()
     assert len(asked) == 2 and "asked for: red apple" in asked[0] and "criterion only: it is red" in asked[0]

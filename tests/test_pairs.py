@@ -26,7 +26,7 @@ from pairs import build_preference_pairs as pairs
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 MODEL = str(REPO / "demo" / "sdxl-tiny-twemoji")
-DRAW = ("--resolution=64", "--num_inference_steps=2", "--guidance_scale=3", "--device=cpu")
+GENERATE = ("--resolution=64", "--num_inference_steps=2", "--guidance_scale=3", "--device=cpu")
 KEY = "sk-a-secret-of-the-user"
 CONTEXT = "A small {} stands on a wooden table beside an open window while the morning sun falls on the floor."
 
@@ -69,9 +69,9 @@ def train_two_steps(data: Path, out: Path) -> str:
 
 
 @pytest.fixture
-def pictures(tmp_path) -> Path:
-    """Six of Noto's drawings with their captions, as NAME.png and NAME.txt."""
-    folder = tmp_path / "pictures"
+def images(tmp_path) -> Path:
+    """Six of the chosen drawings with their captions, as NAME.png and NAME.txt."""
+    folder = tmp_path / "images"
     folder.mkdir()
     for i, row in enumerate(pq.read_table(REPO / "demo" / "pairs" / "train.parquet").slice(0, 6).to_pylist()):
         (folder / f"{i}.png").write_bytes(row["jpg_0"] if row["label_0"] == 1 else row["jpg_1"])
@@ -80,20 +80,20 @@ def pictures(tmp_path) -> Path:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# From pictures, and the whole way: train, draw, score, compare, and from scores
+# From images, and the whole way: train, generate, score, compare, and from scores
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def test_from_pictures_to_training_to_comparison_to_pairs_again(pictures, tmp_path, capsys):
+def test_from_images_to_training_to_comparison_to_pairs_again(images, tmp_path, capsys):
     out = tmp_path / "pairs"
-    build("from-pictures", f"--pictures={pictures}", f"--model={MODEL}", *DRAW, f"--output_dir={out}")
+    build("from-images", f"--images={images}", f"--model={MODEL}", *GENERATE, f"--output_dir={out}")
 
     rows = read_pairs(out)
-    assert [row["caption"] for row in rows] == [(pictures / f"{i}.txt").read_text().strip() for i in range(6)]
+    assert [row["caption"] for row in rows] == [(images / f"{i}.txt").read_text().strip() for i in range(6)]
     for i, row in enumerate(rows):
         winner, loser = (0, 1) if row["label_0"] == 1 else (1, 0)
         assert row["label_0"] + row["label_1"] == 1 and row["has_label"]
-        assert row[f"jpg_{winner}"] == (pictures / f"{i}.png").read_bytes()
+        assert row[f"jpg_{winner}"] == (images / f"{i}.png").read_bytes()
         assert row[f"jpg_{loser}"] == (out / "work" / "losers" / f"{i:06d}.png").read_bytes()
         assert row[f"model_{winner}"] == "data" and row[f"model_{loser}"] == MODEL
         assert row[f"seed_{loser}"] == 100_003 * i and row[f"prompt_{loser}"] == row["caption"]
@@ -110,24 +110,31 @@ def test_from_pictures_to_training_to_comparison_to_pairs_again(pictures, tmp_pa
             )
             x = column * 340 + 8 + left
             shown = np.asarray(sheet.crop((x, 40, x + 160, 200))).astype(int)
-            assert np.abs(shown - np.asarray(expected)).mean() < 25  # transparency is drawn on white there
+            assert np.abs(shown - np.asarray(expected)).mean() < 25  # transparency is white there
 
     train_two_steps(out, tmp_path / "tuned")
 
     (tmp_path / "prompts.txt").write_text("rocket\nred apple\ngrinning face\n")
-    flags = [f"--prompts={tmp_path / 'prompts.txt'}", "--seeds", "0", "1", *DRAW, f"--output_dir={tmp_path / 'eval'}"]
+    flags = [
+        f"--prompts={tmp_path / 'prompts.txt'}",
+        "--seeds",
+        "0",
+        "1",
+        *GENERATE,
+        f"--output_dir={tmp_path / 'eval'}",
+    ]
     generate.main(generate.parse_args([*flags, "--models", f"base={MODEL}", f"tuned={tmp_path / 'tuned'}"]))
     score.main(score.parse_args([str(tmp_path / "eval"), "--metrics", "style"]))
     compare.main(compare.parse_args([str(tmp_path / "eval"), "--base", "base"]))
     scored = rows_of(tmp_path / "eval" / "scores.jsonl")
     means = {name: np.mean([row["score"] for row in scored if row["model"] == name]) for name in ("base", "tuned")}
     (result,) = json.loads((tmp_path / "eval" / "report.json").read_text())["results"]
-    assert len(scored) == 12 and result["pictures"] == 6 and result["prompts"] == 3
+    assert len(scored) == 12 and result["images"] == 6 and result["prompts"] == 3
     assert result["difference"] == pytest.approx(means["tuned"] - means["base"]) and result["difference"] != 0
     assert result["difference_interval"][0] <= result["difference"] <= result["difference_interval"][1]
 
     best = tmp_path / "best"
-    build("from-scores", f"--pictures={tmp_path / 'eval'}", "--metric=style", f"--output_dir={best}")
+    build("from-scores", f"--images={tmp_path / 'eval'}", "--metric=style", f"--output_dir={best}")
     rows = read_pairs(best)
     assert [row["caption"] for row in rows] == ["rocket", "red apple", "grinning face"]
     for row in rows:
@@ -140,7 +147,7 @@ def test_from_pictures_to_training_to_comparison_to_pairs_again(pictures, tmp_pa
 
     every, margin = tmp_path / "every", 0.2
     flags = ["--metric=style", "--mode=all", f"--min_margin={margin}", f"--output_dir={every}"]
-    build("from-scores", f"--pictures={tmp_path / 'eval'}", *flags)
+    build("from-scores", f"--images={tmp_path / 'eval'}", *flags)
     count = 0
     for prompt in ("rocket", "red apple", "grinning face"):
         values = [r["score"] for r in scored if r["prompt"] == prompt]
@@ -150,7 +157,7 @@ def test_from_pictures_to_training_to_comparison_to_pairs_again(pictures, tmp_pa
         build(
             *[
                 "from-scores",
-                f"--pictures={tmp_path / 'eval'}",
+                f"--images={tmp_path / 'eval'}",
                 "--min_margin=1000",
                 *flags[:2],
                 f"--output_dir={best}2",
@@ -158,35 +165,35 @@ def test_from_pictures_to_training_to_comparison_to_pairs_again(pictures, tmp_pa
         )
 
 
-def test_broken_pictures_and_captions_end_the_run_before_the_model_is_loaded(pictures, tmp_path):
-    flags = ["from-pictures", f"--pictures={pictures}", "--model=a/b", *DRAW, f"--output_dir={tmp_path / 'x'}"]
-    (pictures / "3.png").write_bytes((pictures / "3.png").read_bytes()[:200])
-    with pytest.raises(SystemExit, match="row 3: no readable picture .*: mend it or remove the row"):
+def test_broken_images_and_captions_end_the_run_before_the_model_is_loaded(images, tmp_path):
+    flags = ["from-images", f"--images={images}", "--model=a/b", *GENERATE, f"--output_dir={tmp_path / 'x'}"]
+    (images / "3.png").write_bytes((images / "3.png").read_bytes()[:200])
+    with pytest.raises(SystemExit, match="row 3: no readable image .*: mend it or remove the row"):
         build(*flags)
-    (pictures / "2.txt").write_text(" \n")
+    (images / "2.txt").write_text(" \n")
     with pytest.raises(SystemExit, match="row 2: the caption is ''"):
         build(*flags)
-    (pictures / "1.txt").unlink()
+    (images / "1.txt").unlink()
     with pytest.raises(SystemExit, match="no 1.txt with the caption beside 1.png"):
         build(*flags)
     (tmp_path / "table.csv").write_text("words,image\nrocket,a.png\n")
     with pytest.raises(SystemExit, match="no column caption or .* among words, image: name it with --caption_column"):
-        build("from-pictures", f"--pictures={tmp_path / 'table.csv'}", *flags[2:-1], f"--output_dir={tmp_path / 'y'}")
+        build("from-images", f"--images={tmp_path / 'table.csv'}", *flags[2:-1], f"--output_dir={tmp_path / 'y'}")
 
 
-def test_a_call_that_cannot_be_leaves_the_folder_to_the_mended_one(pictures, tmp_path):
+def test_a_call_that_cannot_be_leaves_the_folder_to_the_mended_one(images, tmp_path):
     (tmp_path / "empty").mkdir()
-    flags = [f"--model={MODEL}", *DRAW, f"--output_dir={tmp_path / 'x'}"]
-    with pytest.raises(SystemExit, match="--pictures .*empty: "):
-        build("from-pictures", f"--pictures={tmp_path / 'empty'}", *flags)
+    flags = [f"--model={MODEL}", *GENERATE, f"--output_dir={tmp_path / 'x'}"]
+    with pytest.raises(SystemExit, match="--images .*empty: "):
+        build("from-images", f"--images={tmp_path / 'empty'}", *flags)
     assert not (tmp_path / "x").exists()
-    build("from-pictures", f"--pictures={pictures}", "--max_rows=2", *flags)
+    build("from-images", f"--images={images}", "--max_rows=2", *flags)
     with pytest.raises(SystemExit, match="--output_dir .*: .*0.png is a file; name a folder"):
-        build("from-pictures", f"--pictures={pictures}", *flags, f"--output_dir={pictures / '0.png'}")
+        build("from-images", f"--images={images}", *flags, f"--output_dir={images / '0.png'}")
 
 
-def test_other_settings_need_another_folder(pictures, tmp_path):
-    flags = ["from-pictures", f"--pictures={pictures}", f"--model={MODEL}", *DRAW, f"--output_dir={tmp_path / 'x'}"]
+def test_other_settings_need_another_folder(images, tmp_path):
+    flags = ["from-images", f"--images={images}", f"--model={MODEL}", *GENERATE, f"--output_dir={tmp_path / 'x'}"]
     build(*flags)
     with pytest.raises(SystemExit, match="was begun with seed 0, now 1: name another folder"):
         build(*flags, "--seed=1")
@@ -203,7 +210,7 @@ class ChatServer:
     Attributes:
         troubles: what the next requests meet before all goes well: a status, "garbage", "silence" or "kill".
         malformed: text in a request -> answers to give before a good one, again and again if one only.
-        requests: all requests that were answered well, with their text and whether they had a picture.
+        requests: all requests that were answered well, with their text and whether they had a image.
     """
 
     def __init__(self) -> None:
@@ -252,24 +259,24 @@ class ChatServer:
         threading.Thread(target=self.http.serve_forever, daemon=True).start()
 
     def answer(self, content) -> str:
-        text, picture = content, None
+        text, image = content, None
         if isinstance(content, list):
             text = next(part["text"] for part in content if part["type"] == "text")
             url = next(part["image_url"]["url"] for part in content if part["type"] == "image_url")
-            picture = Image.open(io.BytesIO(base64.b64decode(url.removeprefix("data:image/png;base64,"))))
-        self.requests.append((text, picture is not None))
+            image = Image.open(io.BytesIO(base64.b64decode(url.removeprefix("data:image/png;base64,"))))
+        self.requests.append((text, image is not None))
         for mark, answers in self.malformed.items():
             if mark in text:
                 return answers.pop(0) if len(answers) > 1 else answers[0]
-        if picture is not None:
-            return f"ANALYSIS: I looked at it.\nRATING: {rating_of(picture)}"
+        if image is not None:
+            return f"ANALYSIS: I looked at it.\nRATING: {rating_of(image)}"
         caption = text.rpartition("The prompt: ")[2]
         return f"Sure!\n[[PROMPT]] {CONTEXT.format(caption)} [[PROMPT]]"
 
 
-def rating_of(picture: Image.Image) -> int:
+def rating_of(image: Image.Image) -> int:
     """1 to 10, from the pixels."""
-    return 1 + hashlib.sha256(picture.convert("RGB").tobytes()).digest()[0] % 10
+    return 1 + hashlib.sha256(image.convert("RGB").tobytes()).digest()[0] % 10
 
 
 @pytest.fixture
@@ -293,8 +300,8 @@ def caption_flags(server: ChatServer, tmp_path: Path, *more) -> list[str]:
         "--judge_model=tiny",
         f"--judge_endpoint={server.url}",
     ]
-    flags += ["--judge_criterion=the picture is a cartoon", "--endpoint_timeout=1", "--endpoint_backoff=0.02"]
-    return [*flags, *DRAW, f"--output_dir={tmp_path / 'out'}", *more]
+    flags += ["--judge_criterion=the image is a cartoon", "--endpoint_timeout=1", "--endpoint_backoff=0.02"]
+    return [*flags, *GENERATE, f"--output_dir={tmp_path / 'out'}", *more]
 
 
 def test_from_captions(server, tmp_path, capsys):
@@ -302,7 +309,7 @@ def test_from_captions(server, tmp_path, capsys):
     server.malformed = {
         "The prompt: red apple": ["no tags", "[[PROMPT]] too short [[PROMPT]]", f"[[PROMPT]]{CONTEXT}[[PROMPT]]"],
         "The prompt: rocket": [f"[[PROMPT]] A cartoon of {CONTEXT} [[PROMPT]]"],
-        "was asked for: A small yellow duck": ["It is a fine picture, I would say 9."],
+        "was asked for: A small yellow duck": ["It is a fine image, I would say 9."],
     }
     build(*caption_flags(server, tmp_path, "--endpoint_workers=1"))
 
@@ -316,9 +323,9 @@ def test_from_captions(server, tmp_path, capsys):
         "context": CONTEXT.format("green tree"),
         "rejected": [],
     }
-    drawn = {row["path"]: row for row in rows_of(work / "pictures.jsonl")}
-    assert drawn["winners/000003.png"]["prompt"] == "cartoon style, " + CONTEXT.format("green tree")
-    assert drawn["losers/000003.png"]["prompt"] == CONTEXT.format("green tree") and len(drawn) == 14
+    generated = {row["path"]: row for row in rows_of(work / "images.jsonl")}
+    assert generated["winners/000003.png"]["prompt"] == "cartoon style, " + CONTEXT.format("green tree")
+    assert generated["losers/000003.png"]["prompt"] == CONTEXT.format("green tree") and len(generated) == 14
 
     judged = {row["path"]: row["score"] for row in rows_of(work / "judgements.jsonl")}
     kept = []
@@ -359,7 +366,7 @@ def test_from_captions_killed_in_each_stage_loses_and_repeats_nothing(server, tm
         server.kill_at = at
         server.victim = process = start("pairs/build_preference_pairs.py", *flags)
         if at is None:
-            log = work / "pictures.jsonl"
+            log = work / "images.jsonl"
             while not (log.exists() and log.read_text().count("\n") >= 3):
                 assert process.poll() is None, process.communicate()[1]
                 time.sleep(0.005)
@@ -369,17 +376,17 @@ def test_from_captions_killed_in_each_stage_loses_and_repeats_nothing(server, tm
 
     run_and_kill(at=4)  # while the fourth context is written
     assert len(rows_of(work / "contexts.jsonl")) == 3
-    run_and_kill(at=None)  # while pictures are drawn
+    run_and_kill(at=None)  # while images are generated
     assert len(rows_of(work / "contexts.jsonl")) == 8
     times = {path: path.stat().st_mtime_ns for path in (work / "winners").glob("0*.png")}
     assert 3 <= len(times) < 8
-    run_and_kill(at=len(server.requests) + 5)  # while the fifth picture is judged
+    run_and_kill(at=len(server.requests) + 5)  # while the fifth image is judged
     assert len(rows_of(work / "judgements.jsonl")) == 4
     assert not (tmp_path / "out" / pairs.PARQUET).exists()
     build(*flags)
 
     assert all(path.stat().st_mtime_ns == time_ns for path, time_ns in times.items())
-    assert [len(rows_of(work / name)) for name in ("contexts.jsonl", "pictures.jsonl", "judgements.jsonl")] == [
+    assert [len(rows_of(work / name)) for name in ("contexts.jsonl", "images.jsonl", "judgements.jsonl")] == [
         8,
         16,
         16,
@@ -429,10 +436,10 @@ def test_an_endpoint_that_is_down(server, tmp_path):
 
 
 def test_a_judge_that_answers_nonsense(server, tmp_path):
-    server.malformed = {"You rate a picture": ["Lovely!"]}
+    server.malformed = {"You rate a image": ["Lovely!"]}
     with pytest.raises(SystemExit, match="--judge_model tiny: none of its answers had the form RATING: 7"):
         build(*caption_flags(server, tmp_path, "--max_rows=2", "--judge_tries=2"))
-    assert sum(with_picture for _, with_picture in server.requests) == 2 * 2 * 2
+    assert sum(with_image for _, with_image in server.requests) == 2 * 2 * 2
 
 
 @pytest.mark.parametrize(
@@ -507,7 +514,7 @@ def test_context_of_an_answer(answer, context, reason):
     assert pairs.read_context(answer, [*pairs.STYLE_WORDS, "ink"]) == (context, reason)
 
 
-@pytest.mark.parametrize("use", ["from-pictures", "from-captions", "from-scores"])
+@pytest.mark.parametrize("use", ["from-images", "from-captions", "from-scores"])
 def test_help_explains_itself(use, capsys):
     for argv in (["--help"], [use, "--help"]):
         with pytest.raises(SystemExit) as done:
