@@ -53,6 +53,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from evaluation.common import (
     CAPTION_COLUMNS,
     IMAGE_COLUMNS,
+    Answer,
     Endpoint,
     JsonLines,
     add_endpoint_flags,
@@ -79,7 +80,7 @@ from evaluation.generate import (
     noise_seed,
     parse_model,
 )
-from evaluation.metrics import Judge, add_judge_flags, load_metric, read_weights_flag
+from evaluation.metrics import Judge, add_judge_flags, generate_answer, load_metric, read_weights_flag
 
 
 # By this name `datasets` finds the pairs among the images of the folder. Naming the file in the front matter of
@@ -231,17 +232,14 @@ class LocalWriter:
         except (OSError, ValueError) as error:
             fail(f"--llm_model {place}: {str(error).splitlines()[0]}")
 
-    @torch.no_grad()
-    def ask(self, text: str, image=None, temperature: float = 0.0, max_tokens: int = 160) -> str:
+    def ask(self, text: str, images=(), temperature: float = 0.0, max_tokens: int = 160) -> Answer:
         if self.tokenizer.chat_template:
             text = self.tokenizer.apply_chat_template(
                 [{"role": "user", "content": text}], add_generation_prompt=True, tokenize=False
             )
         inputs = self.tokenizer(text, return_tensors="pt", add_special_tokens=not self.tokenizer.chat_template)
-        sampling = {"do_sample": True, "temperature": temperature} if temperature else {"do_sample": False}
         inputs = {name: inputs[name].to(self.model.device) for name in ("input_ids", "attention_mask")}
-        output = self.model.generate(**inputs, max_new_tokens=max_tokens, **sampling)
-        return self.tokenizer.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+        return generate_answer(self.model, self.tokenizer, inputs, temperature, max_tokens)
 
 
 def write_contexts(captions: list[str], args: argparse.Namespace, work: Path) -> dict[int, str]:
@@ -264,7 +262,7 @@ def write_contexts(captions: list[str], args: argparse.Namespace, work: Path) ->
                 temperature=0.7 if attempt else 0.0,
                 max_tokens=args.llm_max_tokens,
             )
-            context, reason = read_context(answer, style_words)
+            context, reason = read_context(answer.text, style_words)
             if context is not None:
                 return {"row": i, "caption": captions[i], "context": context, "rejected": reasons}
             reasons.append(reason)
@@ -272,7 +270,7 @@ def write_contexts(captions: list[str], args: argparse.Namespace, work: Path) ->
 
     if missing:
         if args.llm_endpoint:
-            writer = Endpoint(args.llm_endpoint, args.llm_model, args)
+            writer = Endpoint(args.llm_endpoint, args.llm_model, args, "--llm_endpoint")
         else:
             writer = LocalWriter(args.llm_model, args.device)
         with tqdm(total=len(captions), initial=len(done), desc="Writing contexts", unit="caption") as bar:
@@ -395,7 +393,8 @@ def judge_sides(sides: list[dict], captions: list[str], args: argparse.Namespace
         s["score"] = done[s["image"]]
     if all(s["score"] is None for s in sides):
         fail(
-            f"--judge_model {args.judge_model}: none of its answers had the form RATING: 7; delete {log.path} to retry"
+            f"--judge_model {args.judge_model}: none of its answers had the form RATING: 7 within --judge_max_tokens "
+            f"{args.judge_max_tokens}; delete {log.path} to retry"
         )
 
 
@@ -496,7 +495,8 @@ def make_contact_sheet(pairs: list, side_length: int = 160) -> Image.Image:
             image = ImageOps.contain(image, (side_length, side_length), Image.Resampling.LANCZOS)
             sheet.paste(image, (x + i * (side_length + 4), y + head))
             if s["score"] is not None:
-                pen.text((x + i * (side_length + 4) + 3, y + head), f"{s['score']:.3g}", "grey")
+                place, text = (x + i * (side_length + 4) + 3, y + head), f"{s['score']:.3g}"
+                pen.text(place, text, "white", stroke_width=2, stroke_fill="black")  # readable on any image
     return sheet
 
 
