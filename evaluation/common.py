@@ -274,7 +274,7 @@ def open_image(value, root: Path, where: str) -> Image.Image:
 def load_pairs(source: str, flag: str, split: str = "train"):
     """The pairs of any data set that the training scripts read: `captions`, `rows`, `images(i)` -> chosen, rejected.
 
-    Unlike in training, a image is read only when it is asked for.
+    Unlike in training, an image is read only when it is asked for.
     """
     import train_diffusion_mapo_sdxl as training
 

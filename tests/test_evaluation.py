@@ -823,7 +823,7 @@ def test_a_full_disk_ends_in_one_line_and_the_rerun_goes_on(tmp_path):
     flags = [f"--prompts={tmp_path / 'prompts.txt'}", *GENERATE, f"--output_dir={tmp_path / 'out'}"]
     flags += ["--models", f"base={MODEL}"]
 
-    def limit() -> None:  # a file can't grow beyond 2 kB: less than a image, more than the manifest
+    def limit() -> None:  # a file can't grow beyond 2 kB: less than an image, more than the manifest
         resource.setrlimit(resource.RLIMIT_FSIZE, (2000, resource.RLIM_INFINITY))
 
     line = error_line(start("evaluation/generate.py", *flags, preexec_fn=limit))
