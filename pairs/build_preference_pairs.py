@@ -500,10 +500,9 @@ def make_contact_sheet(pairs: list, side_length: int = 160) -> Image.Image:
     return sheet
 
 
-def describe_pairs(pairs: list, winner_first: np.ndarray, counts: dict, args: argparse.Namespace) -> dict:
+def describe_pairs(pairs: list, winner_first: np.ndarray, counts: dict) -> dict:
     scores = np.array([[s["score"] for s in sides] for _, *sides in pairs if sides[0]["score"] is not None], float)
     statistics = {
-        "use": args.use,
         "pairs": len(pairs),
         "captions": len({caption for caption, *_ in pairs}),
         "winner is jpg_0": round(float(winner_first.mean()), 4),
@@ -518,16 +517,16 @@ def describe_pairs(pairs: list, winner_first: np.ndarray, counts: dict, args: ar
     return statistics
 
 
-def write_card(statistics: dict, args: argparse.Namespace) -> None:
+def write_card(statistics: dict, command: str, settings: dict, path: Path) -> None:
     table = "\n".join(f"| {name} | {value} |" for name, value in statistics.items())
-    settings = "\n".join(f"| `{name}` | `{value}` |" for name, value in sorted(settings_of(args).items()))
+    settings = "\n".join(f"| `{name}` | `{value}` |" for name, value in sorted(settings.items()))
     text = f"""---
 task_categories:
 - text-to-image
 ---
 # Preference pairs
 
-Made by `pairs/build_preference_pairs.py {args.use}`. `label_0` is 1 where `jpg_0` is chosen.
+Made by `{command}`. `label_0` is 1 where `jpg_0` is chosen.
 
 ![chosen on the left, rejected on the right](contact_sheet.png)
 
@@ -539,8 +538,23 @@ Made by `pairs/build_preference_pairs.py {args.use}`. `label_0` is 1 where `jpg_
 |---|---|
 {settings}
 """
-    with whole_file(args.output_dir / "README.md") as aside:
+    with whole_file(path) as aside:
         aside.write_text(text, encoding="utf-8")
+
+
+def write_pairs(pairs: list, counts: dict, command: str, settings: dict, output_dir: Path, seed: int) -> None:
+    """The folder that the training scripts read; what `counts` says was left out stands in its README.md."""
+    left_out = ", ".join(f"{count} {reason}" for reason, count in counts.items() if count)
+    if not pairs:
+        fail(f"no pair is left ({left_out}): loosen the filters; all that came before stays")
+    winner_first = np.random.default_rng(seed).random(len(pairs)) < 0.5
+    write_parquet(pairs, winner_first, output_dir / PARQUET)
+    with whole_file(output_dir / "contact_sheet.png") as aside:
+        make_contact_sheet(pairs).save(aside, "PNG")
+    statistics = describe_pairs(pairs, winner_first, counts)
+    write_json(output_dir / "statistics.json", statistics)
+    write_card(statistics, command, settings, output_dir / "README.md")
+    print(f"{len(pairs)} pairs in {output_dir}" + (f"; left out: {left_out}" if left_out else ""))
 
 
 def main(args: argparse.Namespace) -> None:
@@ -553,17 +567,8 @@ def main(args: argparse.Namespace) -> None:
         "from-scores": pairs_from_scores,
     }
     pairs, counts = build[args.use](args, work)
-    left_out = ", ".join(f"{count} {reason}" for reason, count in counts.items() if count)
-    if not pairs:
-        fail(f"no pair is left ({left_out}): loosen the filters; what was generated and judged stays")
-    winner_first = np.random.default_rng(args.seed).random(len(pairs)) < 0.5
-    write_parquet(pairs, winner_first, args.output_dir / PARQUET)
-    with whole_file(args.output_dir / "contact_sheet.png") as aside:
-        make_contact_sheet(pairs).save(aside, "PNG")
-    statistics = describe_pairs(pairs, winner_first, counts, args)
-    write_json(args.output_dir / "statistics.json", statistics)
-    write_card(statistics, args)
-    print(f"{len(pairs)} pairs in {args.output_dir}" + (f"; left out: {left_out}" if left_out else ""))
+    command = f"pairs/build_preference_pairs.py {args.use}"
+    write_pairs(pairs, counts, command, settings_of(args), args.output_dir, args.seed)
 
 
 if __name__ == "__main__":
