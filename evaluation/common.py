@@ -72,13 +72,15 @@ def run_script(main, args: argparse.Namespace) -> None:
 
 
 def quiet_libraries() -> None:
-    """From diffusers and transformers, only errors."""
+    """From diffusers and transformers, only errors and the progress of downloads."""
     import diffusers
+    import huggingface_hub
     import transformers
 
     for library in (diffusers, transformers):
         library.utils.logging.set_verbosity_error()
         library.utils.logging.disable_progress_bar()
+    huggingface_hub.utils.enable_progress_bars()  # which transformers silences with its own
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -513,7 +513,8 @@ def describe_pairs(pairs: list, winner_first: np.ndarray, counts: dict) -> dict:
         if not np.isnan(scores[:, 1]).any():
             statistics |= {"mean score of losers": float(scores[:, 1].mean())}
     for i, kind in enumerate(("winners", "losers")):
-        statistics[f"models of {kind}"] = ", ".join(sorted({str(sides[i]["model"]) for _, *sides in pairs}))
+        if models := sorted({sides[i]["model"] for _, *sides in pairs if sides[i]["model"]}):
+            statistics[f"models of {kind}"] = ", ".join(models)
     return statistics
 
 

@@ -269,7 +269,8 @@ def write_votes(votes: Votes) -> str:
     write_pairs(pairs, counts, "pairs/vote.py", settings, args.output_dir, args.seed)
     agreement = describe_agreement(votes)
     write_json(args.output_dir / "agreement.json", {"voters": [*votes.chosen], "agreement": agreement})
-    return f"{len(pairs)} pairs in {args.output_dir}. {agreement} {PAPER}"
+    train = f"Next: accelerate launch train_diffusion_mapo_sdxl.py --dataset_name {args.output_dir} ..."
+    return " ".join(filter(None, (f"{len(pairs)} pairs in {args.output_dir}.", agreement, PAPER, train)))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
