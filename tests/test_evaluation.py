@@ -13,6 +13,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import small_model
 import torch
 from conftest import REPO, rows_of, start
 from PIL import Image
@@ -23,7 +24,7 @@ from evaluation import common, compare, export_layouts, generate, metrics, refer
 
 
 pytestmark = pytest.mark.usefixtures("one_thread")
-MODEL, TEST_PAIRS = str(REPO / "demo" / "sdxl-tiny-twemoji"), str(REPO / "demo" / "pairs")
+MODEL, TEST_PAIRS = str(small_model.MODEL), str(small_model.PAIRS)
 PROMPTS = ["a red apple", "rocket", "grinning face with smiling eyes"]
 MEAN, STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
 

@@ -16,6 +16,7 @@ from pathlib import Path
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
+import small_model
 import torch
 from conftest import REPO, rows_of, start
 from PIL import Image
@@ -25,7 +26,7 @@ from pairs import build_preference_pairs as pairs
 
 
 pytestmark = pytest.mark.usefixtures("one_thread")
-MODEL = str(REPO / "demo" / "sdxl-tiny-twemoji")
+MODEL = str(small_model.MODEL)
 GENERATE = ("--resolution=64", "--num_inference_steps=2", "--guidance_scale=3", "--device=cpu")
 KEY = "sk-a-secret-of-the-user"
 CONTEXT = "A small {} stands on a wooden table beside an open window while the morning sun falls on the floor."

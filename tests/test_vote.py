@@ -14,7 +14,8 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import requests
-from conftest import REPO, rows_of, start
+import small_model
+from conftest import rows_of, start
 from PIL import Image
 
 from evaluation.common import load_pairs
@@ -22,7 +23,7 @@ from pairs import vote
 
 
 pytestmark = pytest.mark.usefixtures("one_thread")
-MODEL = str(REPO / "demo" / "sdxl-tiny-twemoji")
+MODEL = str(small_model.MODEL)
 EVIL = "a <img src=x onerror=\"document.title='broken'\"> square"
 PROMPTS = [EVIL, *(f"square {i}" for i in range(1, 5))]
 KEYS = {
