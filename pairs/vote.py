@@ -309,12 +309,13 @@ class Handler(BaseHTTPRequestHandler):
         try:
             body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
             if self.path == "/write":
-                return self.reply(json.dumps({"message": write_votes(votes)}).encode())
+                with votes.lock:
+                    return self.reply(json.dumps({"message": write_votes(votes)}).encode())
             voter = body.pop("voter")
             if is_name(voter):
                 {"/vote": votes.vote, "/undo": votes.undo}[self.path](voter, **body)
             self.reply_state(voter)
-        except (ValueError, KeyError, TypeError, IndexError) as error:
+        except (ValueError, LookupError, TypeError, AttributeError) as error:
             self.send_error(400, str(error))
         except SystemExit as stop:
             self.reply(json.dumps({"message": str(stop.code).partition("error: ")[2]}).encode())

@@ -283,6 +283,7 @@ def test_the_server_answers_its_own_page_only(server):
         {"more": 1},
     ):
         assert requests.post(f"{server.url}/vote", json=ask | wrong).status_code == 400, wrong
+    assert requests.post(f"{server.url}/vote", json=["ann"]).status_code == 400
     assert requests.post(f"{server.url}/undo", json={"voter": "ann"}).json()["done"] == 0
     for _ in range(2):  # sent twice, counted once
         assert requests.post(f"{server.url}/vote", json=ask).json()["done"] == 1
