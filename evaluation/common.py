@@ -268,9 +268,16 @@ def open_image(value, root: Path, where: str) -> Image.Image:
     from train_diffusion_mapo_sdxl import decode_picture
 
     try:
-        return decode_picture(value, root)
+        return decode_picture(file_bytes(value, root))
     except Exception as error:
         fail(f"{where}: no readable image ({error}): mend it or remove the row")
+
+
+def file_bytes(value, root: Path) -> bytes:
+    """The image's file as it is: bytes, a path, or what `datasets` has of an image."""
+    if isinstance(value, dict):
+        value = value["bytes"] if value.get("bytes") is not None else value["path"]
+    return value if isinstance(value, bytes) else (root / value).read_bytes()
 
 
 def load_pairs(source: str, flag: str, split: str = "train"):

@@ -61,6 +61,7 @@ from evaluation.common import (
     check_output_dir,
     do_all,
     fail,
+    file_bytes,
     find_column,
     keep_settings,
     load_prompts,
@@ -448,13 +449,6 @@ def pairs_from_scores(args: argparse.Namespace, work: Path) -> tuple[list, dict]
 # ---------------------------------------------------------------------------------------------------------------------
 # Output
 # ---------------------------------------------------------------------------------------------------------------------
-
-
-def file_bytes(value, root: Path) -> bytes:
-    """The image's file as it is."""
-    if isinstance(value, dict):
-        value = value["bytes"] if value.get("bytes") is not None else value["path"]
-    return value if isinstance(value, bytes) else (root / value).read_bytes()
 
 
 def write_parquet(pairs: list, winner_first: np.ndarray, path: Path) -> None:

@@ -57,6 +57,7 @@ from evaluation.common import (
     check_captions,
     check_output_dir,
     fail,
+    file_bytes,
     find_column,
     keep_settings,
     load_prompts,
@@ -72,7 +73,7 @@ from evaluation.generate import (
     noise_seed,
     parse_model,
 )
-from pairs.build_preference_pairs import file_bytes, side, write_pairs
+from pairs.build_preference_pairs import side, write_pairs
 
 
 LOCAL = ("127.0.0.1", "localhost", "[::1]", "::1")
