@@ -489,8 +489,9 @@ def make_contact_sheet(pairs: list, side_length: int = 160) -> Image.Image:
             image = ImageOps.contain(image, (side_length, side_length), Image.Resampling.LANCZOS)
             sheet.paste(image, (x + i * (side_length + 4), y + head))
             if s["score"] is not None:
+                # readable on any image
                 place, text = (x + i * (side_length + 4) + 3, y + head), f"{s['score']:.3g}"
-                pen.text(place, text, "white", stroke_width=2, stroke_fill="black")  # readable on any image
+                pen.text(place, text, "white", ImageFont.load_default(14), stroke_width=2, stroke_fill="black")
     return sheet
 
 
