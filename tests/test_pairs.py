@@ -37,7 +37,7 @@ def build(*flags) -> None:
 
 
 def finish(process: subprocess.Popen) -> str:
-    said, errors = process.communicate(timeout=240)
+    said, errors = process.communicate(timeout=900)
     assert process.returncode == 0, said + errors
     return said
 
@@ -403,7 +403,7 @@ def test_from_captions_killed_in_each_stage_loses_and_repeats_nothing(server, tm
                 assert process.poll() is None, process.communicate()[1]
                 time.sleep(0.005)
             process.send_signal(signal.SIGKILL)
-        process.communicate(timeout=120)
+        process.communicate(timeout=600)
         assert process.returncode == -signal.SIGKILL
 
     run_and_kill(at=4)  # while the fourth context is written

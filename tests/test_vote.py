@@ -54,7 +54,7 @@ class Browser:
         self.pid = session["capabilities"]["goog:processID"]
 
     def ask(self, path: str, body: dict):
-        answer = requests.post(self.url + path, json=body, timeout=60).json()["value"]
+        answer = requests.post(self.url + path, json=body, timeout=300).json()["value"]
         assert not (isinstance(answer, dict) and "error" in answer), answer
         return answer
 
@@ -85,10 +85,10 @@ class Browser:
         wait_until(lambda: text in self.text(name) and not self.run("busy"), lambda: f"{name}: {self.text(name)}")
 
     def screenshot(self, path: Path) -> None:
-        path.write_bytes(base64.b64decode(requests.get(f"{self.url}/screenshot", timeout=60).json()["value"]))
+        path.write_bytes(base64.b64decode(requests.get(f"{self.url}/screenshot", timeout=300).json()["value"]))
 
     def quit(self) -> None:
-        requests.delete(self.url, timeout=60)
+        requests.delete(self.url, timeout=300)
         self.driver.terminate()
         self.driver.wait()
         self.driver.stdout.close()
@@ -101,7 +101,7 @@ class Browser:
 
 
 def wait_until(condition, what=lambda: "") -> None:
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + 600
     while not condition():
         assert time.monotonic() < deadline, what()
         time.sleep(0.02)
@@ -143,7 +143,7 @@ class Server:
 
     def end(self, how: int = signal.SIGINT) -> str:
         self.process.send_signal(how)
-        return self.process.communicate(timeout=60)[0]
+        return self.process.communicate(timeout=300)[0]
 
 
 @pytest.fixture
