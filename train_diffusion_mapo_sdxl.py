@@ -41,8 +41,9 @@ The code stands in the order in which it runs: Arguments, Models, Data, Encoding
 Checkpoints, Validation, Results, Main. The data pass once: rows whose label decides -> images, each resized and
 cropped from its own original -> latents, and captions -> embeddings, kept on disk -> batches of winners and losers ->
 one UNet pass over both -> loss. Only pairs that the run trains on are encoded. All that is random about a pair comes
-from the seed and the pair's position in the run, so the result doesn't depend on the number of processes or on gradient
-accumulation, and a resumed run ends where an unbroken one would.
+from the seed and its position in the run, so the result doesn't depend on the number of processes or on gradient
+accumulation, and a resumed run ends where an unbroken one would. What is marked `# twin` is the same in
+train_dreambooth_lora_mapo_sdxl.py.
 
 Departures from the authors' code:
 1. The loss is the paper's, not that of the code of 2024, whose `--beta_mapo 0.1` multiplies the margin (mapo_loss.py).
@@ -56,6 +57,7 @@ Departures from the authors' code:
 import argparse
 import contextlib
 import hashlib
+import importlib.util
 import io
 import itertools
 import json
@@ -88,6 +90,7 @@ from accelerate.utils import (
     gather_object,
     set_seed,
 )
+from huggingface_hub import cached_assets_path
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
@@ -114,8 +117,16 @@ DEMO_SETTINGS = {
     "lr_warmup_steps": 10,
     "max_train_steps": 110,  # the tiny model knows its images by heart: with many more, it forgets them
 }
-# adamw_bf16 keeps weights and states in bf16, with Kahan summation for updates that are too small for a bf16 weight.
-OPTIMIZERS = ("adamw", "adamw_8bit", "adamw_bf16", "adafactor", "prodigy")
+# Packages that a choice needs: as it is imported, and where it differs, as pip calls it.
+PACKAGES = {
+    "adamw_8bit": ("bitsandbytes",),
+    "adamw_bf16": ("optimi", "torch-optimi"),
+    "prodigy": ("prodigyopt",),
+    "tensorboard": ("tensorboard",),
+    "wandb": ("wandb",),
+    "trackio": ("trackio",),
+}
+STATE_BYTES = {"adamw": 8, "adamw_8bit": 2, "adamw_bf16": 6, "adafactor": 0, "prodigy": 16}  # of a weight
 SCHEDULES = ("linear", "cosine", "cosine_with_restarts", "polynomial", "constant", "constant_with_warmup")
 HALF_DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16}
 SHARDED = ("FSDP", "DEEPSPEED")  # where no process holds the whole state
@@ -134,6 +145,11 @@ NEEDS = {
     "label_1_column": "label_0_column",
     "validation_split_name": "num_validation_pairs",
 }
+TOGETHER = (
+    ("pretrained_model_name_or_path", "dataset_name"),
+    ("chosen_column", "rejected_column"),
+    ("image_0_column", "image_1_column", "label_0_column"),
+)
 # What may change when a run goes on from a checkpoint. The data may move: whether the pairs are the same is looked at.
 FREE_SETTINGS = frozenset(
     "output_dir cache_dir logging_dir dataset_name image_root dataloader_num_workers demo changed max_train_steps "
@@ -150,8 +166,7 @@ FREE_SETTINGS = frozenset(
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-# The same in both training scripts.
-def number(kind: type, interval: str):
+def number(kind: type, interval: str):  # twin
     """An argparse type: an int or a float within an interval such as "[0, 1)"."""
     low, high = (float(bound) for bound in interval[1:-1].split(","))
 
@@ -173,7 +188,9 @@ def parse_args(input_args: list[str] | None = None) -> argparse.Namespace:
         description=__doc__, usage=argparse.SUPPRESS, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add, positive, count = parser.add_argument, number(float, "(0, inf)"), number(int, "[1, inf)")
-    fraction = number(float, "[0, 1]")
+    fraction, below_one = number(float, "[0, 1]"), number(float, "[0, 1)")
+    whole, not_negative = number(int, "[0, inf)"), number(float, "[0, inf)")
+    safeguard = lambda text: None if text == "off" else below_one(text)  # noqa: E731
 
     # Model
     add("--pretrained_model_name_or_path", help="SDXL on the hub, or a local folder in diffusers' format.")
@@ -202,32 +219,21 @@ def parse_args(input_args: list[str] | None = None) -> argparse.Namespace:
     add("--random_crop", action="store_true", help="Crop anywhere, not in the centre; once if latents are cached.")
     add("--random_flip", action="store_true", help="Mirror half of the pairs, both images or none.")
     add("--proportion_empty_prompts", type=fraction, default=0.0, help="Fraction of captions left out in training.")
-    add(
-        "--cache_latents",
-        action=argparse.BooleanOptionalAction,
-        default=True,
-        help="Encode images once, not in steps.",
-    )
     add("--cache_dir", help="Folder for downloads and for encoded images and captions.")
-    add("--dataloader_num_workers", type=number(int, "[0, inf)"), default=0, help="Processes that load the batches.")
+    add("--dataloader_num_workers", type=whole, default=0, help="Processes that load the batches.")
 
     # Method
     add("--beta_mapo", type=positive, default=8.0, help="beta of eq. 5-7: 8 for general preference, larger is safer.")
     add("--snr_value", type=positive, default=0.5, help="s of Appendix A, which scales the errors in the score.")
-    add("--noise_offset", type=number(float, "[0, inf)"), default=0.0, help="Scale of noise that a channel shares.")
+    add("--safeguard", type=safeguard, default="off", help="In [0, 1): damp the loser's gradient, see mapo_loss.py.")
+    add("--noise_offset", type=not_negative, default=0.0, help="Scale of noise that a channel shares.")
 
     # LoRA
     add("--use_lora", action="store_true", help="Train a LoRA instead of all weights.")
     add("--rank", type=count, default=32, help="Rank of the LoRA.")
     add("--lora_alpha", type=positive, help="The LoRA's scale is alpha / rank. Default: the rank.")
-    add(
-        "--lora_dropout", type=number(float, "[0, 1)"), default=0.0,
-        help="Dropout in the LoRA; with it, the result depends on the number of processes.",
-    )  # fmt: skip
-    add(
-        "--lora_layers", default="to_k,to_q,to_v,to_out.0",
-        help="Names of layers. sd-scripts doesn't load conv_in, conv_out and the embeddings.",
-    )  # fmt: skip
+    add("--lora_dropout", type=below_one, default=0.0, help="With it, the result depends on the number of processes.")
+    add("--lora_layers", default="to_k,to_q,to_v,to_out.0", help="sd-scripts reads no conv_in, conv_out, embeddings.")
     add("--use_dora", action="store_true", help="Weight-decomposed LoRA.")
     add("--output_kohya_format", action="store_true", help="Write the LoRA a second time, for ComfyUI and A1111.")
 
@@ -239,19 +245,17 @@ def parse_args(input_args: list[str] | None = None) -> argparse.Namespace:
     add("--learning_rate", type=positive, help="Default: 1e-7; 1e-5 for a LoRA; 1 for prodigy.")
     add("--scale_lr", action="store_true", help="Multiply the rate by the pairs in an update.")
     add("--lr_scheduler", default="cosine", choices=SCHEDULES, help="How the rate changes.")
-    add("--lr_warmup_steps", type=number(int, "[0, inf)"), default=0, help="Updates in which the rate rises from 0.")
+    add("--lr_warmup_steps", type=whole, default=0, help="Updates in which the rate rises from 0.")
     add("--lr_num_cycles", type=count, default=1, help="Restarts of cosine_with_restarts.")
     add("--lr_power", type=positive, default=1.0, help="Power of polynomial.")
-    add("--optimizer", choices=OPTIMIZERS, default="adamw", help="adamw_bf16: weights and states in bf16.")
+    add("--optimizer", choices=list(STATE_BYTES), default="adamw", help="adamw_bf16: weights and states in bf16.")
     add("--use_8bit_adam", action="store_true", help="The same as --optimizer adamw_8bit.")
-    add("--adam_beta1", type=number(float, "[0, 1)"), default=0.9, help="Decay of the mean of gradients.")
-    add("--adam_beta2", type=number(float, "[0, 1)"), default=0.999, help="Decay of the mean of their squares.")
-    add("--adam_weight_decay", type=number(float, "[0, inf)"), default=1e-2, help="Decoupled weight decay.")
+    add("--adam_beta1", type=below_one, default=0.9, help="Decay of the mean of gradients.")
+    add("--adam_beta2", type=below_one, default=0.999, help="Decay of the mean of their squares.")
+    add("--adam_weight_decay", type=not_negative, default=1e-2, help="Decoupled weight decay.")
     add("--adam_epsilon", type=positive, default=1e-8, help="Added to Adam's denominator.")
     add("--max_grad_norm", type=positive, default=1.0, help="Longer gradients are clipped to this norm.")
-    add(
-        "--max_nonfinite_steps", type=count, default=10, help="Stop after this many steps in a row that aren't finite."
-    )
+    add("--max_nonfinite_steps", type=count, default=10, help="Stop after as many steps in a row that aren't finite.")
     add("--use_ema", action="store_true", help="Keep, sample with and save a running mean of the weights.")
     add("--ema_decay", type=fraction, default=0.9999, help="Decay of the running mean at its end.")
     add("--offload_ema", action="store_true", help="Keep the running mean in the CPU's memory between updates.")
@@ -271,14 +275,13 @@ def parse_args(input_args: list[str] | None = None) -> argparse.Namespace:
     add("--checkpoints_total_limit", type=count, default=2, help="Keep only the newest checkpoints, this many.")
     add("--resume_from_checkpoint", help="Folder of a checkpoint, or `latest`.")
     add("--validation_steps", type=count, default=500, help="Updates between validations.")
-    add("--num_validation_pairs", type=number(int, "[0, inf)"), default=0, help="Pairs to measure, not to train on.")
+    add("--num_validation_pairs", type=whole, default=0, help="Pairs to measure, not to train on.")
     add("--validation_split_name", help="Split that these come from. Default: the training pairs.")
     add(
-        "--validation_prompts", nargs="+",
-        help="Prompts, or a text file with one a line. Default: 8 captions, after training only.",
-    )  # fmt: skip
+        "--validation_prompts", nargs="+", help="Or a .txt file, one a line. Default: 8 captions, after training only."
+    )
     add("--num_validation_images", type=count, default=1, help="Images per prompt.")
-    add("--validation_guidance_scale", type=number(float, "[0, inf)"), default=5.0, help="Their guidance scale.")
+    add("--validation_guidance_scale", type=not_negative, default=5.0, help="Their guidance scale.")
     add("--validation_num_inference_steps", type=count, default=25, help="Their denoising steps.")
     add("--skip_final_inference", action="store_true", help="Generate no images after training.")
 
@@ -299,11 +302,12 @@ def parse_args(input_args: list[str] | None = None) -> argparse.Namespace:
         parser.set_defaults(**DEMO_SETTINGS)  # what the user did name still counts
         args = parser.parse_args(input_args)
     args.demo, args.changed = demo, sorted(name for name, value in vars(args).items() if value != defaults[name])
-    check_args(parser, args)
-    if args.use_8bit_adam:
-        args.optimizer = "adamw_8bit"
     if args.optimizer == "adamw_bf16" and args.mixed_precision is None:
         args.mixed_precision = "bf16"
+    check_args(parser, args)
+    check_files(parser, args)
+    if args.use_8bit_adam:
+        args.optimizer = "adamw_8bit"
     if args.learning_rate is None:
         args.learning_rate = 1.0 if args.optimizer == "prodigy" else 1e-5 if args.use_lora else 1e-7
     if args.max_train_steps is None and args.num_train_epochs is None:
@@ -312,39 +316,43 @@ def parse_args(input_args: list[str] | None = None) -> argparse.Namespace:
 
 
 def check_args(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
-    """Ends the run with one line where arguments don't go together, or name what isn't there."""
+    """Ends the run with one line where arguments don't go together."""
     for name in args.changed:
         if getattr(args, name) == "":
             parser.error(f"--{name}: is empty")
         if name in NEEDS and not getattr(args, NEEDS[name]) and not (args.demo and name in DEMO_SETTINGS):
             parser.error(f"--{name} needs --{NEEDS[name]} too")
-    columns = [{"chosen", "rejected"}, {"image_0", "image_1", "label_0"}]
-    for together in (
-        {"pretrained_model_name_or_path", "dataset_name"},
-        *({f"{c}_column" for c in s} for s in columns),
-    ):
-        given = sorted(name for name in together if getattr(args, name) is not None)
-        if given and len(given) < len(together):
-            parser.error(f"--{given[0]} needs --{min(together - set(given))} too")
-    bf16_optimizer = args.optimizer == "adamw_bf16"
-    # accelerate's configuration of wandb would carry the token to wandb's servers; no loader reads DoRA from kohya.
-    for given, name, other, other_name in (
-        (args.chosen_column, "--chosen_column", args.image_0_column, "--image_0_column"),
-        (args.streaming, "--streaming", not args.cache_latents, "--no-cache_latents"),
-        (args.use_8bit_adam, "--use_8bit_adam", "adamw" not in args.optimizer, f"--optimizer {args.optimizer}"),
-        (args.use_8bit_adam, "--use_8bit_adam", bf16_optimizer, "--optimizer adamw_bf16"),
-        (args.use_lora, "--use_lora", bf16_optimizer, "--optimizer adamw_bf16"),
-        (args.use_ema, "--use_ema", bf16_optimizer, "--optimizer adamw_bf16"),
-        (args.mixed_precision in ("no", "fp16"), "--mixed_precision", bf16_optimizer, "--optimizer adamw_bf16"),
-        (args.use_dora, "--use_dora", args.output_kohya_format, "--output_kohya_format"),
-        (args.hub_token, "--hub_token", args.report_to == "wandb", "--report_to wandb"),
-    ):
-        if given and other:
-            parser.error(f"{name} and {other_name} exclude each other")
+    for together in TOGETHER:
+        missing = [name for name in together if getattr(args, name) is None]
+        if 0 < len(missing) < len(together):
+            given = next(name for name in together if name not in missing)
+            parser.error(f"--{given} needs --{missing[0]} too")
+    bf16 = args.optimizer == "adamw_bf16"
+    for flags, both in {
+        "--chosen_column and --image_0_column": args.chosen_column and args.image_0_column,
+        f"--use_8bit_adam and --optimizer {args.optimizer}": args.use_8bit_adam and "adamw" not in args.optimizer,
+        "--use_8bit_adam and --optimizer adamw_bf16": args.use_8bit_adam and bf16,
+        "--use_lora and --optimizer adamw_bf16": args.use_lora and bf16,
+        "--use_ema and --optimizer adamw_bf16": args.use_ema and bf16,
+        "--optimizer adamw_bf16 and another --mixed_precision": bf16 and args.mixed_precision != "bf16",
+        "--use_dora and --output_kohya_format": args.use_dora and args.output_kohya_format,  # no loader reads it
+        # accelerate's configuration of wandb would carry the token to wandb's servers.
+        "--hub_token and --report_to wandb": args.hub_token and args.report_to == "wandb",
+    }.items():
+        if both:
+            parser.error(f"{flags} exclude each other")
+    for flag in ("optimizer", "report_to"):
+        package = PACKAGES.get(getattr(args, flag))
+        if package is not None and importlib.util.find_spec(package[0]) is None:
+            parser.error(f"--{flag} {getattr(args, flag)} needs a package: pip install {package[-1]}")
     if args.resolution % 8:
         parser.error(f"--resolution {args.resolution}: must be a multiple of 8; try {round(args.resolution / 8) * 8}")
     if args.lr_warmup_steps > (args.max_train_steps or math.inf) and not args.demo:
         parser.error(f"--lr_warmup_steps {args.lr_warmup_steps}: more than --max_train_steps {args.max_train_steps}")
+
+
+def check_files(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
+    """Reads the prompts; ends the run with one line where a file isn't there, or one would be overwritten."""
     if args.image_root is not None and not Path(args.image_root).is_dir():
         parser.error(f"--image_root {args.image_root}: no such folder")
     prompts = args.validation_prompts
@@ -356,34 +364,28 @@ def check_args(parser: argparse.ArgumentParser, args: argparse.Namespace) -> Non
         args.validation_prompts = prompts = [line.strip() for line in lines if line.strip()]
     if prompts is not None and not all(prompts and [prompt.strip() for prompt in prompts]):
         parser.error("--validation_prompts: a prompt is empty")
-
-    output_dir = Path(args.output_dir)
+    output_dir = Path(args.output_dir).resolve()
     for name in ("pretrained_model_name_or_path", "pretrained_vae_model_name_or_path", "dataset_name"):
-        if getattr(args, name) is not None and Path(getattr(args, name)).resolve() == output_dir.resolve():
+        if getattr(args, name) is not None and Path(getattr(args, name)).resolve() == output_dir:
             parser.error(f"--output_dir {output_dir}: is --{name} too; name another folder")
-    if output_dir.resolve() == DEMO.parent:
+    if output_dir == DEMO.parent:
         parser.error(f"--output_dir {output_dir}: holds this script; name another folder")
-    results = [
-        *output_dir.glob("checkpoint-*/state.json"),
-        *output_dir.glob("unet"),
-        *output_dir.glob("*.safetensors"),
-    ]
-    if results and args.resume_from_checkpoint is None and not args.demo:
-        parser.error(
-            f"--output_dir {output_dir}: holds results of an earlier run; go on with --resume_from_checkpoint latest, "
-            "or name another folder"
-        )
+    if args.resume_from_checkpoint is None and not args.demo:
+        for result in ("checkpoint-*/state.json", "unet", "*.safetensors"):
+            if found := sorted(output_dir.glob(result)):
+                parser.error(
+                    f"--output_dir {output_dir}: holds {found[-1].relative_to(output_dir)} of an earlier run; go on "
+                    "with --resume_from_checkpoint latest, or name another folder"
+                )
 
 
-# The same in both training scripts.
-def fail(message: str) -> None:
+def fail(message: str) -> None:  # twin
     """Ends the run with one line; exit code 1."""
     sys.exit(f"{Path(__file__).name}: error: {message}")
 
 
-# The same in both training scripts.
 @contextlib.contextmanager
-def blame(flag: str, value: str):
+def blame(flag: str, value: str):  # twin
     """Where a library can't use a flag's value, ends the run with the flag and the library's first line."""
     try:
         yield
@@ -394,9 +396,8 @@ def blame(flag: str, value: str):
         fail(f"--{flag} {value}: {cause}")
 
 
-# The same in both training scripts.
 @contextlib.contextmanager
-def known_errors_end_in_one_line():
+def known_errors_end_in_one_line():  # twin
     try:
         yield
     except KeyboardInterrupt:
@@ -671,12 +672,15 @@ def list_image_folders(path: Path) -> list[dict[str, str]]:
     return rows
 
 
+def describe(counts: Counter) -> str:
+    return ", ".join(f"{number} {what}" for what, number in counts.items())
+
+
 class Source(NamedTuple):
     """Where pairs come from, in the order of the first epoch: each is the i-th of a table."""
 
     pairs: Iterator[tuple[PreferencePairs, int]]
     length: int | None  # None of a stream
-    table: PreferencePairs | None  # None of a stream
     counts: Counter  # rows, and those left out, by reason; of a stream, as far as it was read
     fingerprint: str | None  # of the pairs and their order; None where only the images themselves can tell
 
@@ -692,11 +696,10 @@ def open_source(args: argparse.Namespace, split: str, limit: int | None = None) 
     if isinstance(dataset, datasets.Dataset):
         table = PreferencePairs(dataset, args)
         if len(table) == 0:
-            counts = ", ".join(f"{number} {what}" for what, number in table.counts.items())
-            fail(f"--dataset_name {args.dataset_name}: no row can be used ({counts})")
+            fail(f"--dataset_name {args.dataset_name}: no row can be used ({describe(table.counts)})")
         length = min(len(table), limit or len(table))
         order = np.random.default_rng((args.seed, 0)).permutation(length).tolist()
-        return Source(iter([(table, i) for i in order]), length, table, table.counts, fingerprint)
+        return Source(iter([(table, i) for i in order]), length, table.counts, fingerprint)
 
     counts = Counter()
 
@@ -710,7 +713,7 @@ def open_source(args: argparse.Namespace, split: str, limit: int | None = None) 
             counts.update(table.counts)
             yield from ((table, i) for i in range(len(table)))
 
-    return Source(itertools.islice(read(), limit), None, None, counts, fingerprint)
+    return Source(itertools.islice(read(), limit), None, counts, fingerprint)
 
 
 def read_file(value: bytes | str | dict, image_root: str | None = None) -> bytes:
@@ -727,8 +730,7 @@ def read_file(value: bytes | str | dict, image_root: str | None = None) -> bytes
     return path.read_bytes()
 
 
-# The same in both training scripts.
-def decode_image(file: bytes | str | Path | Image.Image) -> Image.Image:
+def decode_image(file: bytes | str | Path | Image.Image) -> Image.Image:  # twin
     """RGB, upright, transparency on white."""
     if isinstance(file, bytes):
         file = io.BytesIO(file)
@@ -744,8 +746,7 @@ def decode_image(file: bytes | str | Path | Image.Image) -> Image.Image:
     return image.convert("RGB")
 
 
-# The same in both training scripts.
-def prepare_image(
+def prepare_image(  # twin
     image: Image.Image, resolution: int, crop: np.ndarray = np.full(2, 0.5), flip: bool = False
 ) -> tuple[torch.Tensor, list[int]]:
     """Resizes the shorter side to `resolution`, crops at a fraction of the room there is (0.5: the centre), mirrors.
@@ -773,8 +774,7 @@ def prepare_image(
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-# The same in both training scripts.
-def hash_of(*parts) -> str:
+def hash_of(*parts) -> str:  # twin
     """Hash of modules (by their weights), bytes, and whatever has a `repr`."""
     digest = hashlib.sha256()
     for part in parts:
@@ -787,13 +787,11 @@ def hash_of(*parts) -> str:
     return digest.hexdigest()[:24]
 
 
-# The same in both training scripts.
-def entry_path(folder: Path, key: str) -> Path:
+def entry_path(folder: Path, key: str) -> Path:  # twin
     return folder / key[:2] / f"{key}.safetensors"
 
 
-# The same in both training scripts.
-def save_entry(folder: Path, key: str, tensors: dict[str, torch.Tensor]) -> None:
+def save_entry(folder: Path, key: str, tensors: dict[str, torch.Tensor]) -> None:  # twin
     """Each entry of a cache has its file, so that processes and runs that fill it at once don't meet."""
     path = entry_path(folder, key)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -802,8 +800,7 @@ def save_entry(folder: Path, key: str, tensors: dict[str, torch.Tensor]) -> None
     os.replace(aside, path)
 
 
-# The same in both training scripts.
-def warn_of_room(folder: Path, needed: float, what: str) -> None:
+def warn_of_room(folder: Path, needed: float, what: str) -> None:  # twin
     free = shutil.disk_usage(folder).free
     if free < needed:
         logger.warning(f"{what} may take {needed / 1e9:.1f} GB, but {folder} has {free / 1e9:.1f} GB left.")
@@ -821,9 +818,8 @@ def prefetch(function, items) -> Iterator:
             yield pending.popleft().result()
 
 
-# The same in both training scripts.
 @torch.no_grad()
-def encode_pixels(pixels: torch.Tensor, vae) -> torch.Tensor:
+def encode_pixels(pixels: torch.Tensor, vae) -> torch.Tensor:  # twin
     """(B, 3, R, R) in 0..255 -> latents as the UNet takes them, (B, C, h, w), fp32: the mode, not a sample."""
     latents = []
     # One image of SDXL's size takes 2.7 GB: more at a time only where they are small.
@@ -837,80 +833,65 @@ def encode_pixels(pixels: torch.Tensor, vae) -> torch.Tensor:
 
 
 class Pair(NamedTuple):
-    """A pair whose images can be read; in the cache, where there is one."""
+    """A pair in the cache."""
 
-    image_w: str  # keys of the images in the cache: hashes of their files
+    image_w: str  # keys of its images: hashes of their files
     image_l: str
     caption: str
-    i: int  # place in its table
 
 
-def encode_pairs(source: Source, count: int, vae, folder: Path | None, args, accelerator: Accelerator) -> list[Pair]:
-    """The first `count` pairs of the source whose images can be read. Each image is decoded and encoded once, here:
-    `latents`, Shape: (F, C, h, w), fp16, and `time_ids`, (F, 6), fp32; F is 2 with --random_flip, the second one
-    mirrored, else 1. Without a folder, the images are only looked at. Every process does its part."""
-    count = min(count, source.length or count)
-    index, found, seen, flips = None, [], 0, (False, True) if args.random_flip else (False,)
-    if folder is not None and source.fingerprint is not None:
+def encode_pairs(source: Source, count: int, vae, folder: Path, args, accelerator: Accelerator) -> list[Pair]:
+    """The first `count` pairs of the source, without those whose images can't be read. Each image is decoded and
+    encoded once, here: `latents`, Shape: (F, C, h, w), fp16, and `time_ids`, (F, 6), fp32; F is 2 with --random_flip,
+    the second one mirrored, else 1. Every process does its part."""
+    count, main = min(count, source.length or count), accelerator.is_main_process
+    index = None
+    if (
+        source.fingerprint is not None
+    ):  # what a run like this one found; the main process looks, as it may come just now
         index = folder / f"index-{hash_of(source.fingerprint, count)}.json"
-    if index is not None:  # what a run like this one found; the main process looks, as the file may come just now
-        known = [json.loads(index.read_text()) if accelerator.is_main_process and index.exists() else None]
-        if (known := broadcast_object_list(known)[0]) is not None:
+        (known,) = broadcast_object_list([json.loads(index.read_text()) if main and index.exists() else None])
+        if known is not None:
             return [Pair(*pair) for pair in known]
+    flips = (False, True) if args.random_flip else (False,)
 
-    def prepare(item: tuple) -> tuple[Pair, dict] | ValueError:
-        table, i = item
+    def prepare(item: tuple) -> tuple:
+        """Place, pair and, by key, what is to be encoded; instead of the pair the reason why it can't be read."""
+        place, (table, i) = item
         try:
             keys = [hash_of(file) for file in table.images(i, decode=False)]
             prepared = {}
-            if folder is None or not all(entry_path(folder, key).exists() for key in keys):
+            if not all(entry_path(folder, key).exists() for key in keys):
                 for key, image in zip(keys, table.images(i)):
-                    crop = np.full(2, 0.5)
-                    if args.random_crop:
-                        crop = np.random.default_rng((args.seed, 1, int(key, 16))).random(2)
+                    random = np.random.default_rng((args.seed, 1, int(key, 16))).random(2)
+                    crop = random if args.random_crop else np.full(2, 0.5)
                     prepared[key] = [prepare_image(image, args.resolution, crop, flip) for flip in flips]
         except ValueError as error:
-            return error
-        return Pair(*keys, table.captions[i], i), prepared
+            return place, error, {}
+        return place, Pair(*keys, table.captions[i]), prepared
 
-    def mine() -> Iterator[tuple]:
-        nonlocal seen
-        for item in itertools.islice(source.pairs, count - len(found)):
-            seen += 1
-            if seen % accelerator.num_processes == accelerator.process_index:
-                numbers.append(seen)
-                yield item
-
-    while len(found) < count:  # again, where images couldn't be read
-        numbers, before, results = deque(), seen, []
-        with tqdm(total=count, initial=len(found), desc="Images", disable=not accelerator.is_main_process) as bar:
-            for result in prefetch(prepare, mine()):
-                number = numbers.popleft()
-                bar.update(accelerator.num_processes)
-                if isinstance(result, ValueError):
-                    if not args.skip_unreadable:
-                        fail(f"--dataset_name {args.dataset_name}: {result}; mend it, or see --skip_unreadable")
-                    continue
-                pair, prepared = result
-                if prepared and folder is not None:
-                    latents = encode_pixels(torch.stack([p for views in prepared.values() for p, _ in views]), vae)
-                    for (key, views), encoded in zip(prepared.items(), latents.split(len(flips))):
-                        time_ids = torch.tensor([ids for _, ids in views], dtype=torch.float32)
-                        save_entry(folder, key, {"latents": encoded.half(), "time_ids": time_ids})
-                results.append((number, pair))
-        results = sorted(gather_object(results))
-        found += [pair for _, pair in results]
-        source.counts["unreadable"] += seen - before - len(results)
-        if seen == before:
-            break
-    source.counts["with an empty caption"] = sum(not pair.caption.strip() for pair in found)
-    counts = ", ".join(f"{number} {what}" for what, number in source.counts.items())
-    logger.info(f"{len(found)} pairs out of {counts}.")
-    if not found:
-        fail(f"--dataset_name {args.dataset_name}: no row can be used ({counts})")
-    if index is not None and accelerator.is_main_process:
-        save_aside(index, lambda path: path.write_text(json.dumps(found)))
-    return found
+    candidates = enumerate(itertools.islice(source.pairs, count))
+    mine = (item for item in candidates if item[0] % accelerator.num_processes == accelerator.process_index)
+    found, total = [], -(-count // accelerator.num_processes)
+    for place, pair, prepared in tqdm(prefetch(prepare, mine), desc="Images", total=total, disable=not main):
+        if isinstance(pair, ValueError) and not args.skip_unreadable:
+            fail(f"--dataset_name {args.dataset_name}: {pair}; mend it, or see --skip_unreadable")
+        if prepared:
+            latents = encode_pixels(torch.stack([pixels for views in prepared.values() for pixels, _ in views]), vae)
+            for (key, views), encoded in zip(prepared.items(), latents.split(len(flips))):
+                time_ids = torch.tensor([ids for _, ids in views], dtype=torch.float32)
+                save_entry(folder, key, {"latents": encoded.half(), "time_ids": time_ids})
+        found.append((place, None if isinstance(pair, ValueError) else pair))
+    found = [pair for _, pair in sorted(gather_object(found))]
+    pairs = [Pair(*pair) for pair in found if pair is not None]
+    source.counts["unreadable"] = len(found) - len(pairs)
+    source.counts["with an empty caption"] = sum(not pair.caption.strip() for pair in pairs)
+    logger.info(f"{len(pairs)} pairs are used; the data set has {describe(source.counts)}.")
+    if not pairs:
+        fail(f"--dataset_name {args.dataset_name}: no row can be used ({describe(source.counts)})")
+    if index is not None and main:
+        save_aside(index, lambda path: path.write_text(json.dumps(pairs)))
+    return pairs
 
 
 @torch.no_grad()
@@ -928,7 +909,8 @@ def encode_captions(captions: set[str], pipeline, args, accelerator: Accelerator
     """The folder of a cache with what `embed_captions` returns for each caption, in fp16."""
     words = [sorted(tokenizer.get_vocab().items()) for tokenizer in (pipeline.tokenizer, pipeline.tokenizer_2)]
     zeros = pipeline.config.force_zeros_for_empty_prompt
-    folder = cache_folder(f"captions-{hash_of(pipeline.text_encoder, pipeline.text_encoder_2, words, zeros)}", args)
+    name = f"captions-{hash_of(pipeline.text_encoder, pipeline.text_encoder_2, words, zeros)}"
+    folder = cached_assets_path("mapo", name, assets_dir=args.cache_dir)
     chunks = [sorted(captions)[first : first + 64] for first in range(0, len(captions), 64)]
     mine = chunks[accelerator.process_index :: accelerator.num_processes]
     for chunk in tqdm(mine, desc="Captions", disable=not mine or not accelerator.is_main_process):
@@ -942,48 +924,36 @@ def encode_captions(captions: set[str], pipeline, args, accelerator: Accelerator
     return folder
 
 
-def cache_folder(name: str, args: argparse.Namespace) -> Path:
-    from huggingface_hub import cached_assets_path
-
-    return cached_assets_path("mapo", name, assets_dir=args.cache_dir)
-
-
 class EncodedPairs(torch.utils.data.Dataset):
     """What a training step takes, by position in the run: after the first epoch, pairs are shuffled anew, by seed.
 
     Args:
-        images, captions: folders of the caches. Without the first, `table` has the images, and a row has `pixels`,
-            Shape: (2, 3, R, R), instead of `latents`, (2, C, h, w).
+        images, captions: folders of the caches.
+        flip, drop: fractions of the pairs that are mirrored, and whose caption is left out.
     """
 
-    def __init__(self, pairs: list[Pair], images: Path | None, captions: Path, table, args) -> None:
-        self.pairs, self.images, self.captions, self.table, self.args = pairs, images, captions, table, args
+    def __init__(self, pairs: list[Pair], images: Path, captions: Path, seed: int, flip: float, drop: float) -> None:
+        self.pairs, self.images, self.captions, self.seed, self.fractions = pairs, images, captions, seed, (flip, drop)
         self.epoch, self.order = 0, range(len(pairs))
 
     def __getitem__(self, position: int) -> dict[str, torch.Tensor]:
         epoch, i = divmod(position, len(self.pairs))
         if epoch != self.epoch:
-            shuffled = np.random.default_rng((self.args.seed, 0, epoch)).permutation(len(self.pairs))
-            self.epoch, self.order = epoch, shuffled if epoch > 0 else range(len(self.pairs))
-        pair, random = self.pairs[self.order[i]], np.random.default_rng((self.args.seed, 2, position))
-        flip, drop = random.random(2) < (0.5 * self.args.random_flip, self.args.proportion_empty_prompts)
+            self.epoch, self.order = epoch, range(len(self.pairs))
+            if epoch > 0:
+                self.order = np.random.default_rng((self.seed, 0, epoch)).permutation(len(self.pairs))
+        pair = self.pairs[self.order[i]]
+        flip, drop = np.random.default_rng((self.seed, 2, position)).random(2) < self.fractions
         row = load_file(entry_path(self.captions, hash_of("" if drop else pair.caption)))
-        if self.images is not None:
-            winner, loser = (load_file(entry_path(self.images, key)) for key in (pair.image_w, pair.image_l))
-            row["latents"] = torch.stack([winner["latents"][int(flip)], loser["latents"][int(flip)]])
-            row["time_ids"] = winner["time_ids"][int(flip)]  # part of c, which the pair shares
-        else:
-            crops = random.random((2, 2)) if self.args.random_crop else np.full((2, 2), 0.5)
-            images = zip(self.table.images(pair.i), crops)
-            winner, loser = (prepare_image(image, self.args.resolution, crop, flip) for image, crop in images)
-            row["pixels"], row["time_ids"] = torch.stack([winner[0], loser[0]]), torch.tensor(winner[1])
-        row = {name: value.float() if name != "pixels" else value for name, value in row.items()}
-        return row | {"position": torch.tensor(position)}
+        winner, loser = (load_file(entry_path(self.images, key)) for key in (pair.image_w, pair.image_l))
+        row["latents"] = torch.stack([winner["latents"][int(flip)], loser["latents"][int(flip)]])
+        row["time_ids"] = winner["time_ids"][int(flip)]  # part of c, which the pair shares
+        return {name: value.float() for name, value in row.items()} | {"position": torch.tensor(position)}
 
     def fingerprint(self, positions: int) -> str:
         """Changes with the pairs at the first positions of the run."""
         wrapped = len(self.pairs) if positions > len(self.pairs) else None
-        return hash_of([pair[:3] for pair in self.pairs[:positions]], wrapped)
+        return hash_of(self.pairs[:positions], wrapped)
 
 
 class Data(NamedTuple):
@@ -995,30 +965,24 @@ class Data(NamedTuple):
     prompt_embeddings: dict[str, torch.Tensor]  # of the prompts, and behind them of the empty one
 
 
-def encode_data(train: Source, held_out: Source | None, pipeline, args, accelerator: Accelerator) -> Data:
+def encode_data(source: Source, held_out: Source | None, pipeline, args, accelerator: Accelerator) -> Data:
     """Encodes what the run will take. VAE and text encoders aren't on the device together, nor while training."""
-    device, vae, folder, table = accelerator.device, pipeline.vae, None, None
-    if args.cache_latents:
-        scale = (vae.config.scaling_factor, vae.config.shift_factor)
-        crop = args.seed if args.random_crop else "centre"
-        folder = cache_folder(f"images-{hash_of(vae, scale, args.resolution, crop, args.random_flip)}", args)
-        vae.to(device)
-    extra = args.num_validation_pairs
-    measured = encode_pairs(held_out, extra, vae, folder, args, accelerator) if held_out else []
+    vae, extra = pipeline.vae.to(accelerator.device), args.num_validation_pairs
+    scale = (vae.config.scaling_factor, vae.config.shift_factor)
+    crop = args.seed if args.random_crop else "centre"
+    name = f"images-{hash_of(vae, scale, args.resolution, crop, args.random_flip)}"
+    images = cached_assets_path("mapo", name, assets_dir=args.cache_dir)
+    measured = encode_pairs(held_out, extra, vae, images, args, accelerator) if held_out else []
     count = args.max_train_steps * pairs_per_step(args, accelerator) + (0 if held_out else extra)
-    if folder is not None:
-        side = args.resolution // 2 ** (len(vae.config.block_out_channels) - 1)
-        size = 4 * vae.config.latent_channels * side**2 * (1 + args.random_flip)
-        warn_of_room(folder, size * min(count, train.length or count), "The latents")
-    pairs = encode_pairs(train, count, vae, folder, args, accelerator)
+    side = args.resolution // 2 ** (len(vae.config.block_out_channels) - 1)
+    size = 4 * vae.config.latent_channels * side**2 * (1 + args.random_flip)
+    warn_of_room(images, size * min(count, source.length or count), "Latents")
+    pairs = encode_pairs(source, count, vae, images, args, accelerator)
     if not held_out:
         measured, pairs = pairs[:extra], pairs[extra:]
     if not pairs:
         fail(f"--num_validation_pairs {extra}: leaves no pair to train on")
-    if args.cache_latents:
-        vae.to("cpu")
-    else:
-        table = train.table
+    vae.to("cpu")
 
     prompts = args.validation_prompts
     if prompts is None:
@@ -1026,45 +990,36 @@ def encode_data(train: Source, held_out: Source | None, pipeline, args, accelera
         prompts = np.random.default_rng(args.seed).permutation(captions)[:8].tolist()
     prompts = [prompt for prompt in prompts for _ in range(args.num_validation_images)]
     for encoder in (pipeline.text_encoder, pipeline.text_encoder_2):
-        encoder.to(device)
+        encoder.to(accelerator.device)
     captions = encode_captions({*prompts, "", *(p.caption for p in [*measured, *pairs])}, pipeline, args, accelerator)
     pipeline.text_encoder = pipeline.text_encoder_2 = None
     rows = [load_file(entry_path(captions, hash_of(prompt))) for prompt in [*prompts, ""]]
     embeddings = {name: torch.stack([row[name].float() for row in rows]) for name in rows[0]}
-    plain = argparse.Namespace(**vars(args) | {"random_flip": False, "proportion_empty_prompts": 0.0})
-    datasets = [
-        EncodedPairs(part, folder, captions, table, options) if part else None
-        for part, options in ((pairs, args), (measured, plain))
-    ]
-    return Data(*datasets, prompts, embeddings)
+    fractions = (0.5 * args.random_flip, args.proportion_empty_prompts)
+    return Data(
+        EncodedPairs(pairs, images, captions, args.seed, *fractions),
+        EncodedPairs(measured, images, captions, args.seed, 0, 0) if measured else None,
+        prompts,
+        embeddings,
+    )
 
 
 def pairs_per_step(args: argparse.Namespace, accelerator: Accelerator) -> int:
     return args.train_batch_size * args.gradient_accumulation_steps * accelerator.num_processes
 
 
-def add_latents(batch: dict, vae) -> dict:
-    """Encodes the images of a batch that weren't encoded ahead."""
-    if "pixels" in batch:
-        pixels = batch.pop("pixels")
-        batch["latents"] = encode_pixels(pixels.flatten(0, 1), vae).unflatten(0, pixels.shape[:2])
-    return batch
-
-
-def make_batches(dataset, first_step: int, vae, args: argparse.Namespace, accelerator: Accelerator) -> Iterator[dict]:
+def make_batches(dataset, first_step: int, args: argparse.Namespace, accelerator: Accelerator):
     """This process's batches from update `first_step` on, as `training_step` takes them. The positions of one update
     are the same set, however they are split over processes and accumulation."""
     size, accumulation = args.train_batch_size, args.gradient_accumulation_steps
     micro_steps = range(first_step * accumulation, args.max_train_steps * accumulation)
     firsts = ((step * accelerator.num_processes + accelerator.process_index) * size for step in micro_steps)
-    loader = torch.utils.data.DataLoader(
+    return torch.utils.data.DataLoader(
         dataset,
         batch_sampler=(range(first, first + size) for first in firsts),
         num_workers=args.dataloader_num_workers,
         pin_memory=accelerator.device.type == "cuda",
     )
-    for batch in loader:
-        yield add_latents(batch, vae)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -1072,8 +1027,7 @@ def make_batches(dataset, first_step: int, vae, args: argparse.Namespace, accele
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-# The same in both training scripts.
-def sample_noise(
+def sample_noise(  # twin
     positions: torch.Tensor, shape: torch.Size, num_timesteps: int, offset: float, seed: int, device: torch.device
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Noise, Shape: (B, *shape), and timesteps, (B,), each pair's from the seed and its position alone."""
@@ -1111,7 +1065,7 @@ def training_step(unet, batch: dict, noise_scheduler, args: argparse.Namespace, 
     else:
         target = noise_scheduler.get_velocity(latents, noise, timesteps)
 
-    result = mapo_loss(model_pred, target, args.beta_mapo, args.snr_value, num_timesteps)
+    result = mapo_loss(model_pred, target, args.beta_mapo, args.snr_value, num_timesteps, args.safeguard)
     return result.loss, {name: value.detach().float() for name, value in result._asdict().items()}
 
 
@@ -1174,6 +1128,9 @@ def prepare_training(unet, checkpoint: Path | None, args: argparse.Namespace, ac
     if args.use_ema:
         ema = EMAModel(trainable(unet, accelerator), decay=args.ema_decay, use_ema_warmup=True, power=0.75)
         accelerator.register_for_checkpointing(ema)
+    weights = sum(p.nbytes for p in (parameters if args.use_lora else unwrap(unet, accelerator).parameters()))
+    states = sum(p.numel() for p in parameters) * (STATE_BYTES[args.optimizer] + 4 * args.use_ema)
+    warn_of_room(Path(args.output_dir), weights + states, "A checkpoint")
     if checkpoint is not None:
         accelerator.load_state(str(checkpoint))
         accelerator.step = 0  # of micro-batches: a checkpoint is of a step's end, and accumulation may have changed
@@ -1190,8 +1147,7 @@ def update_ema(ema, unet, args: argparse.Namespace, accelerator: Accelerator) ->
         ema.to("cpu")
 
 
-# The same in both training scripts.
-def clip_gradients(unet, args: argparse.Namespace, accelerator: Accelerator) -> torch.Tensor:
+def clip_gradients(unet, args: argparse.Namespace, accelerator: Accelerator) -> torch.Tensor:  # twin
     """Norm of the whole gradient before it is clipped, the same in every process."""
     norm = accelerator.clip_grad_norm_(unet.parameters(), args.max_grad_norm)
     if hasattr(norm, "full_tensor"):  # of FSDP2
@@ -1199,14 +1155,12 @@ def clip_gradients(unet, args: argparse.Namespace, accelerator: Accelerator) -> 
     return torch.as_tensor(norm, device=accelerator.device)  # DeepSpeed has clipped, stepped and returns a number
 
 
-# The same in both training scripts.
-def unwrap(model, accelerator: Accelerator):
+def unwrap(model, accelerator: Accelerator):  # twin
     model = accelerator.unwrap_model(model)
     return model._orig_mod if hasattr(model, "_orig_mod") else model
 
 
-# The same in both training scripts.
-def trainable(model, accelerator: Accelerator) -> list[torch.nn.Parameter]:
+def trainable(model, accelerator: Accelerator) -> list[torch.nn.Parameter]:  # twin
     return [parameter for parameter in unwrap(model, accelerator).parameters() if parameter.requires_grad]
 
 
@@ -1215,8 +1169,7 @@ def trainable(model, accelerator: Accelerator) -> list[torch.nn.Parameter]:
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-# The same in both training scripts.
-def list_checkpoints(output_dir: Path) -> list[Path]:
+def list_checkpoints(output_dir: Path) -> list[Path]:  # twin
     """Whole checkpoints, oldest first: those whose files have the sizes that `state.json` says."""
     found = {}
     for path in output_dir.glob("checkpoint-*"):
@@ -1227,8 +1180,7 @@ def list_checkpoints(output_dir: Path) -> list[Path]:
     return sorted(found, key=found.get)
 
 
-# The same in both training scripts.
-def find_checkpoint(args: argparse.Namespace) -> Path | None:
+def find_checkpoint(args: argparse.Namespace) -> Path | None:  # twin
     """The folder that `--resume_from_checkpoint` names; None where training starts from scratch."""
     if args.resume_from_checkpoint is None:
         return None
@@ -1245,8 +1197,7 @@ def find_checkpoint(args: argparse.Namespace) -> Path | None:
     return checkpoints[-1] if checkpoints else None
 
 
-# The same in both training scripts.
-def describe_run(args: argparse.Namespace, accelerator: Accelerator) -> dict:
+def describe_run(args: argparse.Namespace, accelerator: Accelerator) -> dict:  # twin
     """What must not change when a run goes on."""
     run = {f"--{name}": value for name, value in sorted(vars(args).items()) if name not in FREE_SETTINGS}
     run["pairs in a step"] = pairs_per_step(args, accelerator)
@@ -1254,8 +1205,7 @@ def describe_run(args: argparse.Namespace, accelerator: Accelerator) -> dict:
     return run | {"a run of": f"{kind} with {processes}" if kind in SHARDED else "replicas"}
 
 
-# The same in both training scripts.
-def check_resumption(checkpoint: Path | None, now: dict) -> None:
+def check_resumption(checkpoint: Path | None, now: dict) -> None:  # twin
     """Ends the run with one line where it can't go on as the checkpoint's run would have."""
     then = {} if checkpoint is None else json.loads((checkpoint / "state.json").read_text())["run"]
     for name, value in now.items():
@@ -1266,8 +1216,7 @@ def check_resumption(checkpoint: Path | None, now: dict) -> None:
             )
 
 
-# The same in both training scripts.
-def save_checkpoint(step: int, run: dict, args: argparse.Namespace, accelerator: Accelerator) -> Path:
+def save_checkpoint(step: int, run: dict, args: argparse.Namespace, accelerator: Accelerator) -> Path:  # twin
     """Weights, optimizer, learning rate schedule, EMA and random states, written aside and then renamed."""
     folder = Path(args.output_dir) / f"checkpoint-{step}"
     aside = folder.with_name(f"tmp-{folder.name}")
@@ -1307,16 +1256,14 @@ def keep_lora_only(accelerator: Accelerator) -> None:
     accelerator.register_load_state_pre_hook(load)
 
 
-# The same in both training scripts.
-def save_aside(path: Path, save) -> None:
+def save_aside(path: Path, save) -> None:  # twin
     """`save(path)` under another name first, so that a kill leaves no half file."""
     aside = path.with_name(f"tmp-{path.name}")
     save(aside)
     os.replace(aside, path)
 
 
-# The same in both training scripts.
-def peak_memory_gb(device: torch.device) -> float:
+def peak_memory_gb(device: torch.device) -> float:  # twin
     """Peak of the device's allocations, or of the process on a CPU, in GB; NaN on Windows, which doesn't say."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 1e9
@@ -1351,17 +1298,10 @@ class MetricsLog:
         )
         self.shown, self.clock = {}, time.perf_counter()
 
-    def close(self) -> None:
-        self.bar.close()
-
-    def add(self, metrics: dict[str, torch.Tensor]) -> None:
-        """Metrics of a micro-batch."""
-        self.micro_steps.append({name: value.mean() for name, value in metrics.items()})
-
     def end_step(self, step: int, grad_norm: torch.Tensor, learning_rate: float, stop: bool = False) -> bool:
         """Writes the means over micro-batches and processes; returns whether any process wants to stop."""
         names = list(self.micro_steps[0])
-        values = [torch.stack([metrics[name] for metrics in self.micro_steps]).mean() for name in names]
+        values = [torch.stack([metrics[name].mean() for metrics in self.micro_steps]).mean() for name in names]
         flag = torch.tensor(float(stop), device=grad_norm.device)
         *values, norm, stop = self.accelerator.reduce(
             torch.stack([*values, grad_norm.detach().float(), flag]), "mean"
@@ -1398,7 +1338,7 @@ class MetricsLog:
             self.warned, beta = True, self.args.beta_mapo
             logger.info(
                 f"--beta_mapo {beta:g}: over 100 steps the margin's gradient was below 1 % of the SFT term's, so this "
-                f"is plain fine-tuning on the chosen images. Try --beta_mapo {max(beta / 8, 1):g}, unless it is wanted."
+                f"is plain fine-tuning on chosen images. Try --beta_mapo {max(beta / 8, 1):g}, unless that is wanted."
             )
 
 
@@ -1455,7 +1395,7 @@ def averaged(training: Training, accelerator: Accelerator):
 
 
 @torch.no_grad()
-def measure_held_out(unet, dataset: EncodedPairs, vae, noise_scheduler, args, accelerator: Accelerator) -> dict:
+def measure_held_out(unet, dataset: EncodedPairs, noise_scheduler, args, accelerator: Accelerator) -> dict:
     """Means over the held-out pairs, whose noise and timesteps are the same each time."""
     count, size = len(dataset.pairs), args.train_batch_size
     # As many calls in every process: a sharded model can be called by all of them together only.
@@ -1463,7 +1403,7 @@ def measure_held_out(unet, dataset: EncodedPairs, vae, noise_scheduler, args, ac
     mine = (np.arange(rows) * accelerator.num_processes + accelerator.process_index) % count
     model, found = unwrap(unet, accelerator).eval(), []
     for chunk in np.split(mine, range(size, rows, size)):
-        batch = add_latents(torch.utils.data.default_collate([dataset[int(i)] for i in chunk]), vae)
+        batch = torch.utils.data.default_collate([dataset[int(i)] for i in chunk])
         batch["position"] += 2**61  # a position of no training pair
         _, metrics = training_step(model, batch, noise_scheduler, args, accelerator.device)
         values = torch.stack([metrics[name] for name in ("mse_w", "mse_l", "margin", "accuracy")], dim=1)
@@ -1481,18 +1421,17 @@ def warn_of_lost_likelihood(history: list[dict], args: argparse.Namespace) -> No
         return
     good = [p for p in list_checkpoints(Path(args.output_dir)) if int(p.name.split("-")[1]) <= measured[-2][0]]
     logger.warning(
-        f"Step {risen[0]}: the error on held-out chosen images rose from {measured[0][1]:.4g} to {measured[-1][1]:.4g}: "
-        "the winner's likelihood falls, and images may be ruined. Try --safeguard 0.8, a lower --learning_rate or a "
-        f"larger --beta_mapo. {f'{good[-1]} is from before that.' if good else 'No checkpoint is from before that.'}"
+        f"Step {risen[0]}: the error on held-out chosen images rose from {measured[0][1]:.4g} to "
+        f"{measured[-1][1]:.4g}: the winner's likelihood falls, and images may be ruined. Try --safeguard 0.8, a lower "
+        f"--learning_rate or a larger --beta_mapo. {f'{good[-1]} is' if good else 'No checkpoint is'} from before that."
     )
 
 
 @torch.no_grad()
-def generate_images(unet, pipeline, embeddings: dict, args, accelerator: Accelerator) -> list[Image.Image]:
-    """One image per prompt, prompt i from seed i, by the UNet as it is now; spread over processes."""
+def generate_images(model, pipeline, embeddings: dict, args, accelerator: Accelerator) -> list[Image.Image]:
+    """One image per prompt, prompt i from seed i; spread over processes."""
     device, count = accelerator.device, len(embeddings["prompt_embeds"]) - 1  # the last row is the empty prompt
-    model = unwrap(unet, accelerator).eval()
-    pipeline.unet = model
+    pipeline.unet = model.eval()
     pipeline.vae.to(device)
     embeddings = {name: value.to(device) for name, value in embeddings.items()}
     # As many calls in every process: a sharded model can be called by all of them together only.
@@ -1517,36 +1456,12 @@ def generate_images(unet, pipeline, embeddings: dict, args, accelerator: Acceler
         decoded = torch.cat([pipeline.vae.decode(latent[None]).sample for latent in latents])
         images += zip(chunk.tolist(), pipeline.image_processor.postprocess(decoded))
     pipeline.unet = None
-    if args.cache_latents:
-        pipeline.vae.to("cpu")
+    pipeline.vae.to("cpu")
     model.train()
     return [image for _, image in sorted(dict(gather_object(images)).items())]
 
 
-def generate_base_images(unet, pipeline, embeddings: dict, args, accelerator: Accelerator) -> list[Image.Image]:
-    """The images before training, generated when they are first shown, so that training needn't wait for them: with
-    the LoRA switched off, or by a UNet that is loaded anew. No gradients are held then: memory has no new peak."""
-    from diffusers import UNet2DConditionModel
-
-    if args.use_lora:
-        model = unwrap(unet, accelerator)
-        model.disable_adapters()
-        images = generate_images(unet, pipeline, embeddings, args, accelerator)
-        model.enable_adapters()
-        return images
-    base = UNet2DConditionModel.from_pretrained(
-        args.pretrained_model_name_or_path,
-        subfolder="unet",
-        revision=args.revision,
-        variant=args.variant,
-        cache_dir=args.cache_dir,
-        dtype=next(unwrap(unet, accelerator).parameters()).dtype,
-    )
-    return generate_images(base.to(accelerator.device), pipeline, embeddings, args, accelerator)
-
-
-# The same in both training scripts.
-def find_font(text: str) -> str:
+def find_font(text: str) -> str:  # twin
     """File of an installed font that has every character of the text; where none has, of matplotlib's own."""
     from matplotlib import font_manager, ft2font
 
@@ -1584,11 +1499,25 @@ def make_grid(prompts: list[str], before: list[Image.Image], after: list[Image.I
     return grid
 
 
-def save_validation(step: int, prompts: list[str], before: list, after: list, args, accelerator: Accelerator) -> None:
-    """The grid of this step, in the output folder and in the trackers."""
+def show_images(step: int, training, data: Data, pipeline, before: list, args, accelerator: Accelerator) -> None:
+    """A grid of the prompts' images before training and now, in the output folder and the trackers.
+
+    Those before are generated when they are first shown, and kept in `before`, so that training needn't wait for them:
+    with the LoRA switched off, or by a UNet that is loaded anew. No gradients are held then: memory has no new peak.
+    """
+    model, sampling = unwrap(training.unet, accelerator), (pipeline, data.prompt_embeddings, args, accelerator)
+    with averaged(training, accelerator):
+        after = generate_images(model, *sampling)
+    if not before:
+        if args.use_lora:
+            model.disable_adapters()
+        base = model if args.use_lora else load_unet(args, accelerator)[0].to(accelerator.device)
+        before += generate_images(base, *sampling)
+        if args.use_lora:
+            model.enable_adapters()
     if not accelerator.is_main_process:
         return
-    grid = make_grid(prompts, before, after)
+    grid = make_grid(data.prompts, before, after)
     path = Path(args.output_dir) / ("before_after.png" if step == args.max_train_steps else f"validation/{step}.png")
     path.parent.mkdir(exist_ok=True)
     save_aside(path, grid.save)
@@ -1608,8 +1537,7 @@ def save_validation(step: int, prompts: list[str], before: list, after: list, ar
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-# The same in both training scripts.
-def convert_to_kohya(layers: dict[str, torch.Tensor], alpha: float) -> dict[str, torch.Tensor]:
+def convert_to_kohya(layers: dict[str, torch.Tensor], alpha: float) -> dict[str, torch.Tensor]:  # twin
     """A LoRA with peft's names, each behind its model's, under the names of sd-scripts, ComfyUI and A1111."""
     models = {"unet": "lora_unet", "text_encoder": "lora_te1_text_model", "text_encoder_2": "lora_te2_text_model"}
     converted = {}
@@ -1656,7 +1584,7 @@ def save_pipeline(state: dict[str, torch.Tensor], args: argparse.Namespace) -> N
     unet.load_state_dict(state, assign=True)
     dtype = {"fp32": torch.float32, **HALF_DTYPES}.get(args.save_dtype)
     pipeline = load_pipeline(args, dtype or torch.float32)
-    pipeline.unet = unet
+    pipeline.register_modules(unet=unet)
     if dtype is not None:
         pipeline.to(dtype=dtype)
     aside = Path(args.output_dir) / "tmp-pipeline"
@@ -1680,21 +1608,41 @@ def load_result(args: argparse.Namespace):
     return pipeline
 
 
+def save_results(prompts: list[str], history: list[dict], args: argparse.Namespace) -> None:
+    """Curves, the demo's report and the model card; and all of the output folder on the hub."""
+    plot_curves(history, Path(args.output_dir) / "curves.png")
+    report = ""
+    if args.demo and not args.skip_final_inference:
+        from demo.report import preference_report
+
+        report = preference_report(load_result(args))
+        print(report)
+    save_model_card(prompts, report, args)
+    if args.push_to_hub:
+        from huggingface_hub import upload_folder
+
+        upload_folder(
+            repo_id=args.hub_model_id,
+            folder_path=args.output_dir,
+            token=args.hub_token,
+            ignore_patterns=["checkpoint-*", f"{args.logging_dir}/*", "tmp-*"],
+        )
+
+
 def save_model_card(prompts: list[str], report: str, args: argparse.Namespace) -> None:
     from diffusers.utils.hub_utils import populate_model_card
     from huggingface_hub import ModelCard, ModelCardData
 
-    base, output_dir = args.pretrained_model_name_or_path, Path(args.output_dir)
-    where = args.hub_model_id or args.output_dir
+    base, output_dir, where = args.pretrained_model_name_or_path, Path(args.output_dir), args.hub_model_id
     hidden = ("hub_token", "cache_dir", "output_dir", "resume_from_checkpoint")
-    settings = {name: getattr(args, name) for name in args.changed if name not in hidden} | {
-        "beta_mapo": args.beta_mapo
-    }
-    fence = "`" * 12  # longer than any that a prompt may have
+    settings = {"beta_mapo": args.beta_mapo} | {n: getattr(args, n) for n in args.changed if n not in hidden}
     shown = [name for name in ("before_after.png", "curves.png") if (output_dir / name).exists()]
-    load_lora = f"pipeline.load_lora_weights({where!r})\n" if args.use_lora else ""
-    description = f"""
-# {Path(where).name}
+    tuned, fence = where or args.output_dir, "`" * 12  # longer than any that a prompt may have
+    load_lora = f"pipeline.load_lora_weights({tuned!r})\n" if args.use_lora else ""
+    card = ModelCard(f"""---
+{{}}
+---
+# {Path(tuned).name}
 
 SDXL's UNet, tuned on preference pairs with [MaPO](https://huggingface.co/papers/2406.06424), beta {args.beta_mapo:g}.
 
@@ -1710,7 +1658,8 @@ preference pairs: {args.dataset_name}
 import torch
 from diffusers import StableDiffusionXLPipeline
 
-pipeline = StableDiffusionXLPipeline.from_pretrained({base if args.use_lora else where!r}, dtype=torch.float16).to("cuda")
+name = {base if args.use_lora else tuned!r}
+pipeline = StableDiffusionXLPipeline.from_pretrained(name, dtype=torch.float16).to("cuda")
 {load_lora}image = pipeline({prompts[0]!r}, height={args.resolution}, width={args.resolution}).images[0]
 {fence}
 
@@ -1719,17 +1668,16 @@ What differs from the script's defaults:
 {fence}json
 {json.dumps(settings, indent=2)}
 {fence}
-"""
-    card = ModelCard(f"---\n{{}}\n---\n{description}", ignore_metadata_errors=True)
+""")
     card.data = ModelCardData(
         base_model=None if Path(base).exists() else base,  # the hub refuses a local path
         datasets=None if Path(args.dataset_name).exists() else [args.dataset_name],
         license="openrail++" if base.startswith("stabilityai/stable-diffusion-xl") else None,
         pipeline_tag="text-to-image",
-        widget=[{"text": prompts[0], "output": {"url": "before_after.png"}}] if "before_after.png" in shown else None,
+        widget=[{"text": prompts[0], "output": {"url": shown[0]}}] if "before_after.png" in shown else None,
     )
     tags = ["stable-diffusion-xl", "text-to-image", "diffusers", "mapo", "preference-tuning"]
-    card = populate_model_card(card, tags=[*tags, "lora"] if args.use_lora else tags)
+    card = populate_model_card(card, [*tags, "lora"] if args.use_lora else tags)
     save_aside(output_dir / "README.md", card.save)
 
 
@@ -1738,8 +1686,7 @@ What differs from the script's defaults:
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-# The same in both training scripts.
-def prepare_run(args: argparse.Namespace) -> Accelerator:
+def prepare_run(args: argparse.Namespace) -> Accelerator:  # twin
     """The accelerator, writable folders, and a quiet console: from libraries only errors, and bars of downloads."""
     import diffusers
     import huggingface_hub
@@ -1758,7 +1705,9 @@ def prepare_run(args: argparse.Namespace) -> Accelerator:
     )
     diffusers.utils.check_min_version("0.42.0")
     console = logging.StreamHandler()
-    console.emit = lambda record: tqdm.write(console.format(record), file=sys.stderr)  # above a progress bar
+    console.emit = lambda record: tqdm.write(
+        console.format(record).removeprefix("[RANK 0] "), file=sys.stderr
+    )  # above a progress bar
     logging.basicConfig(format="%(message)s", level=logging.ERROR, handlers=[console])
     logger.setLevel(logging.INFO)
     logging.getLogger("xformers").setLevel(logging.ERROR)  # where it is installed for another torch
@@ -1792,8 +1741,7 @@ def prepare_run(args: argparse.Namespace) -> Accelerator:
     return accelerator
 
 
-# The same in both training scripts.
-def prepare_sharding(args: argparse.Namespace, accelerator: Accelerator) -> None:
+def prepare_sharding(args: argparse.Namespace, accelerator: Accelerator) -> None:  # twin
     """Tells FSDP2 and DeepSpeed what accelerate's configuration doesn't."""
     if accelerator.distributed_type == "DEEPSPEED":
         config = accelerator.state.deepspeed_plugin.deepspeed_config
@@ -1811,8 +1759,7 @@ def prepare_sharding(args: argparse.Namespace, accelerator: Accelerator) -> None
             accelerator.state.fsdp_plugin.mixed_precision_policy = policy
 
 
-# The same in both training scripts.
-def watch_signals() -> list[str]:
+def watch_signals() -> list[str]:  # twin
     """Names of the signals SIGTERM and SIGINT that came since; a second one ends the process as ever."""
     came = []
 
@@ -1823,6 +1770,57 @@ def watch_signals() -> list[str]:
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, note)
     return came
+
+
+def train(first_step, training, data, noise_scheduler, pipeline, run, before, log, args, accelerator) -> bool:
+    """All steps from `first_step` on; False where a signal came before the last."""
+    unet, optimizer, lr_scheduler, ema = training
+    measuring = (unet, data.held_out, noise_scheduler, args, accelerator)
+    signals, step, pairs_in_step = watch_signals(), first_step, pairs_per_step(args, accelerator)
+    patience = args.max_nonfinite_steps + (20 if accelerator.scaler else 0)  # fp16 finds its scale by such steps
+    if data.held_out and not log.history:
+        log.write({"step": step} | measure_held_out(*measuring))
+    for batch in make_batches(data.train, first_step, args, accelerator):
+        with accelerator.accumulate(unet):
+            loss, metrics = training_step(unet, batch, noise_scheduler, args, accelerator.device)
+            accelerator.backward(loss)
+            log.micro_steps.append(metrics)
+            skip = False
+            if accelerator.sync_gradients:
+                grad_norm = clip_gradients(unet, args, accelerator)
+                skip = not bool(grad_norm.isfinite())
+            if not skip or accelerator.scaler is not None:  # fp16's scaler skips such a step and lowers its scale
+                optimizer.step()
+            optimizer.zero_grad()
+        if not accelerator.sync_gradients:
+            continue
+        step += 1
+        lr_scheduler.step()
+        if ema is not None and not skip:
+            update_ema(ema, unet, args, accelerator)
+        stop = log.end_step(step, grad_norm, lr_scheduler.get_last_lr()[0], bool(signals))
+        validate = step % args.validation_steps == 0 or step == args.max_train_steps
+        if data.held_out and validate:
+            with averaged(training, accelerator):
+                log.write({"step": step} | measure_held_out(*measuring))
+            warn_of_lost_likelihood(log.history, args)
+        if skip and accelerator.distributed_type == "DEEPSPEED":  # it updates before its norm is known
+            fail(f"step {step} isn't finite, and DeepSpeed has made it; resume with a lower --learning_rate")
+        lost = log.skipped_in_a_row >= patience
+        if step % args.checkpointing_steps == 0 or stop or lost:
+            state = run | {"pairs": data.train.fingerprint(step * pairs_in_step)}
+            saved = save_checkpoint(step, state, args, accelerator)
+        if lost:
+            fail(
+                f"{log.skipped_in_a_row} steps in a row had a loss or gradient that isn't finite; {saved} has the "
+                "weights as they were. Try a lower --learning_rate, or bf16 instead of fp16"
+            )
+        if stop:
+            logger.info(f"{' '.join(signals)}: {saved} is written; go on with --resume_from_checkpoint latest")
+            return False
+        if args.validation_prompts and validate and step < args.max_train_steps:
+            show_images(step, training, data, pipeline, before, args, accelerator)
+    return True
 
 
 @known_errors_end_in_one_line()
@@ -1845,13 +1843,13 @@ def main(args: argparse.Namespace) -> None:
     checkpoint, run = find_checkpoint(args), describe_run(args, accelerator)
     check_resumption(checkpoint, run)
 
-    train = open_source(args, args.dataset_split_name, args.max_train_samples)
+    source = open_source(args, args.dataset_split_name, args.max_train_samples)
     held_out = open_source(args, args.validation_split_name) if args.validation_split_name else None
     pairs_in_step = pairs_per_step(args, accelerator)
     if args.max_train_steps is None:
-        if train.length is None:
+        if source.length is None:
             fail("--num_train_epochs: a stream's length isn't known; name --max_train_steps")
-        pairs_in_epoch = train.length - (0 if held_out else args.num_validation_pairs)
+        pairs_in_epoch = source.length - (0 if held_out else args.num_validation_pairs)
         args.max_train_steps = max(1, math.ceil(args.num_train_epochs * pairs_in_epoch / pairs_in_step))
     first_step = 0 if checkpoint is None else json.loads((checkpoint / "state.json").read_text())["step"]
     if first_step > args.max_train_steps:
@@ -1859,90 +1857,25 @@ def main(args: argparse.Namespace) -> None:
 
     unet, noise_scheduler = load_unet(args, accelerator)
     pipeline = load_pipeline(args, HALF_DTYPES.get(accelerator.mixed_precision, torch.float32))
-    data = encode_data(train, held_out, pipeline, args, accelerator)
+    data = encode_data(source, held_out, pipeline, args, accelerator)
     check_resumption(checkpoint, {"pairs": data.train.fingerprint(first_step * pairs_in_step)})
     training = prepare_training(unet.to(accelerator.device), checkpoint, args, accelerator)
-    unet, optimizer, lr_scheduler, ema = training
     if args.report_to != "none":
         settings = {name: str(value) for name, value in vars(args).items() if name != "hub_token"}
         accelerator.init_trackers("mapo", config=settings)
 
-    sampling = (pipeline, data.prompt_embeddings, args, accelerator)
-    measuring = (unet, data.held_out, pipeline.vae, noise_scheduler, args, accelerator)
-    signals, step, before = watch_signals(), first_step, None
-    # DeepSpeed has made the update before its norm is known; fp16 finds its scale by steps that aren't finite.
-    patience = 1 if accelerator.distributed_type == "DEEPSPEED" else args.max_nonfinite_steps
-    patience += 20 if accelerator.scaler else 0
     logger.info(f"First step after {time.perf_counter() - started:.1f} s.")
-    with contextlib.closing(MetricsLog(first_step, checkpoint, args, accelerator)) as log:
-        if data.held_out and not log.history:
-            log.write({"step": step} | measure_held_out(*measuring))
-        for batch in make_batches(data.train, first_step, pipeline.vae, args, accelerator):
-            with accelerator.accumulate(unet):
-                loss, metrics = training_step(unet, batch, noise_scheduler, args, accelerator.device)
-                accelerator.backward(loss)
-                log.add(metrics)
-                skip = False
-                if accelerator.sync_gradients:
-                    grad_norm = clip_gradients(unet, args, accelerator)
-                    skip = not bool(grad_norm.isfinite())
-                if not skip or accelerator.scaler is not None:  # fp16's scaler skips such a step and lowers its scale
-                    optimizer.step()
-                optimizer.zero_grad()
-            if not accelerator.sync_gradients:
-                continue
-            step += 1
-            lr_scheduler.step()
-            if ema is not None and not skip:
-                update_ema(ema, unet, args, accelerator)
-            stop = log.end_step(step, grad_norm, lr_scheduler.get_last_lr()[0], bool(signals))
-            validate = step % args.validation_steps == 0 or step == args.max_train_steps
-            if data.held_out and validate:
-                with averaged(training, accelerator):
-                    log.write({"step": step} | measure_held_out(*measuring))
-                warn_of_lost_likelihood(log.history, args)
-            lost = log.skipped_in_a_row >= patience
-            if step % args.checkpointing_steps == 0 or stop or lost:
-                state = run | {"pairs": data.train.fingerprint(step * pairs_in_step)}
-                saved = save_checkpoint(step, state, args, accelerator)
-            if lost:
-                fail(
-                    f"{log.skipped_in_a_row} steps in a row had a loss or gradient that isn't finite; {saved} has the "
-                    "weights as they were. Try a lower --learning_rate, or bf16 instead of fp16"
-                )
-            if stop:
-                logger.info(f"{' '.join(signals)}: {saved} is written; go on with --resume_from_checkpoint latest")
-                return accelerator.end_training()
-            if args.validation_prompts and validate and step < args.max_train_steps:
-                before = before or generate_base_images(unet, *sampling)
-                with averaged(training, accelerator):
-                    after = generate_images(unet, *sampling)
-                save_validation(step, data.prompts, before, after, args, accelerator)
-
-    with averaged(training, accelerator):
-        save_weights(unet, args, accelerator)
+    log, before = MetricsLog(first_step, checkpoint, args, accelerator), []
+    with log.bar:
+        finished = train(first_step, training, data, noise_scheduler, pipeline, run, before, log, args, accelerator)
+    if finished:
+        with averaged(training, accelerator):
+            save_weights(training.unet, args, accelerator)
         if not args.skip_final_inference:
-            after = generate_images(unet, *sampling)
-    if not args.skip_final_inference:
-        before = before or generate_base_images(unet, *sampling)
-        save_validation(args.max_train_steps, data.prompts, before, after, args, accelerator)
-    if accelerator.is_main_process:
-        plot_curves(log.history, Path(args.output_dir) / "curves.png")
-        report = ""
-        if args.demo and not args.skip_final_inference:
-            from demo.report import preference_report
-
-            report = preference_report(load_result(args))
-            print(report)
-        save_model_card(data.prompts, report, args)
-        if args.push_to_hub:
-            from huggingface_hub import upload_folder
-
-            ignored = ["checkpoint-*", f"{args.logging_dir}/*", "tmp-*"]
-            upload_folder(
-                repo_id=args.hub_model_id, folder_path=args.output_dir, token=args.hub_token, ignore_patterns=ignored
-            )
-        print(f"Done in {time.perf_counter() - started:.0f} s: {args.output_dir}")
+            show_images(args.max_train_steps, training, data, pipeline, before, args, accelerator)
+        if accelerator.is_main_process:
+            save_results(data.prompts, log.history, args)
+            print(f"Done in {time.perf_counter() - started:.0f} s: {args.output_dir}")
     accelerator.end_training()
 
 
