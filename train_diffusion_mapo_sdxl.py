@@ -117,33 +117,20 @@ DEMO_SETTINGS = {
     "lr_warmup_steps": 10,
     "max_train_steps": 110,  # the tiny model knows its images by heart: with many more, it forgets them
 }
-# Packages that a choice needs: as it is imported, and where it differs, as pip calls it.
-PACKAGES = {
-    "adamw_8bit": ("bitsandbytes",),
-    "adamw_bf16": ("optimi", "torch-optimi"),
-    "prodigy": ("prodigyopt",),
-    "tensorboard": ("tensorboard",),
-    "wandb": ("wandb",),
-    "trackio": ("trackio",),
-}
+PACKAGES = {"adamw_8bit": "bitsandbytes", "adamw_bf16": "optimi", "prodigy": "prodigyopt", "wandb": "wandb"}
+PACKAGES |= {"tensorboard": "tensorboard", "trackio": "trackio"}
 STATE_BYTES = {"adamw": 8, "adamw_8bit": 2, "adamw_bf16": 6, "adafactor": 0, "prodigy": 16}  # of a weight
 SCHEDULES = ("linear", "cosine", "cosine_with_restarts", "polynomial", "constant", "constant_with_warmup")
 HALF_DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16}
 SHARDED = ("FSDP", "DEEPSPEED")  # where no process holds the whole state
-# A flag, and the one without which it does nothing.
+# Flags that do nothing without another one.
 NEEDS = {
-    "rank": "use_lora",
-    "lora_alpha": "use_lora",
-    "lora_dropout": "use_lora",
-    "lora_layers": "use_lora",
-    "use_dora": "use_lora",
-    "output_kohya_format": "use_lora",
-    "ema_decay": "use_ema",
-    "offload_ema": "use_ema",
-    "activation_memory_budget": "compile",
-    "hub_model_id": "push_to_hub",
-    "label_1_column": "label_0_column",
-    "validation_split_name": "num_validation_pairs",
+    "use_lora": ("rank", "lora_alpha", "lora_dropout", "lora_layers", "use_dora", "output_kohya_format"),
+    "use_ema": ("ema_decay", "offload_ema"),
+    "compile": ("activation_memory_budget",),
+    "push_to_hub": ("hub_model_id",),
+    "label_0_column": ("label_1_column",),
+    "num_validation_pairs": ("validation_split_name",),
 }
 TOGETHER = (
     ("pretrained_model_name_or_path", "dataset_name"),
@@ -320,8 +307,10 @@ def check_args(parser: argparse.ArgumentParser, args: argparse.Namespace) -> Non
     for name in args.changed:
         if getattr(args, name) == "":
             parser.error(f"--{name}: is empty")
-        if name in NEEDS and not getattr(args, NEEDS[name]) and not (args.demo and name in DEMO_SETTINGS):
-            parser.error(f"--{name} needs --{NEEDS[name]} too")
+    for needed, names in NEEDS.items():
+        for name in sorted({*names} & {*args.changed} - {*(DEMO_SETTINGS if args.demo else ())}):
+            if not getattr(args, needed):
+                parser.error(f"--{name} needs --{needed} too")
     for together in TOGETHER:
         missing = [name for name in together if getattr(args, name) is None]
         if 0 < len(missing) < len(together):
@@ -343,8 +332,9 @@ def check_args(parser: argparse.ArgumentParser, args: argparse.Namespace) -> Non
             parser.error(f"{flags} exclude each other")
     for flag in ("optimizer", "report_to"):
         package = PACKAGES.get(getattr(args, flag))
-        if package is not None and importlib.util.find_spec(package[0]) is None:
-            parser.error(f"--{flag} {getattr(args, flag)} needs a package: pip install {package[-1]}")
+        if package is not None and importlib.util.find_spec(package) is None:
+            package = package.replace("optimi", "torch-optimi")
+            parser.error(f"--{flag} {getattr(args, flag)} needs a package: pip install {package}")
     if args.resolution % 8:
         parser.error(f"--resolution {args.resolution}: must be a multiple of 8; try {round(args.resolution / 8) * 8}")
     if args.lr_warmup_steps > (args.max_train_steps or math.inf) and not args.demo:
@@ -565,9 +555,7 @@ class PreferencePairs:
             preference = read_labels(dataset, label_0)
             if label_1 is None and ((preference < 0) | (preference > 1)).any():
                 value = preference[(preference < 0) | (preference > 1)][0]
-                fail(
-                    f"--label_0_column {label_0}: {value:g}; alone it's a preference from 0 to 1, see --label_1_column"
-                )
+                fail(f"--label_0_column {label_0}: {value:g}; alone it must be from 0 to 1, see --label_1_column")
             other = 1 - preference if label_1 is None else read_labels(dataset, label_1)
             sign = np.sign(preference - other)  # NaN where one of them is
             preference = (sign + 1) / 2
@@ -1422,8 +1410,9 @@ def warn_of_lost_likelihood(history: list[dict], args: argparse.Namespace) -> No
     good = [p for p in list_checkpoints(Path(args.output_dir)) if int(p.name.split("-")[1]) <= measured[-2][0]]
     logger.warning(
         f"Step {risen[0]}: the error on held-out chosen images rose from {measured[0][1]:.4g} to "
-        f"{measured[-1][1]:.4g}: the winner's likelihood falls, and images may be ruined. Try --safeguard 0.8, a lower "
-        f"--learning_rate or a larger --beta_mapo. {f'{good[-1]} is' if good else 'No checkpoint is'} from before that."
+        f"{measured[-1][1]:.4g}: the winner's likelihood falls, and images may be ruined. Try --safeguard 0.8, a "
+        "lower --learning_rate or a larger --beta_mapo. "
+        f"{good[-1] if good else 'No checkpoint'} is from before that."
     )
 
 

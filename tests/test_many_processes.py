@@ -32,8 +32,8 @@ def base(tmp_path_factory) -> list[str]:
     folder = tmp_path_factory.mktemp("base")
     model, pairs = write_model(folder / "model"), write_pairs(folder / "p.parquet")
     flags = f"--pretrained_model_name_or_path={model} --dataset_name={pairs} --resolution=32 --max_train_steps=4 "
-    flags += "--checkpointing_steps=2 --logging_steps=2 --learning_rate=1e-2 --adam_epsilon=1e-2 --random_flip "
-    return (flags + "--validation_inference_steps=2 --validation_prompts rocket fox camera").split()
+    flags += "--checkpointing_steps=2 --learning_rate=1e-2 --adam_epsilon=1e-2 --random_flip "
+    return (flags + "--validation_num_inference_steps=2 --validation_prompts rocket fox camera").split()
 
 
 @pytest.fixture
@@ -112,7 +112,7 @@ def test_a_step_that_is_not_finite_in_one_process_is_skipped_in_both(run, base, 
 
 def test_a_signal_to_one_process_has_both_stop_with_one_checkpoint(base, tmp_path):
     out = tmp_path / "out"
-    flags = [*base, "--max_train_steps=5000", "--checkpointing_steps=5000", "--logging_steps=1", BATCH_OF_TWO]
+    flags = [*base, "--max_train_steps=5000", "--checkpointing_steps=5000", BATCH_OF_TWO]
     command = [*TORCHRUN, SCRIPT, *flags, f"--output_dir={out}", f"--cache_dir={tmp_path / 'cache'}"]
     env = os.environ | {"ACCELERATE_USE_CPU": "true"}
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=env) as process:
