@@ -91,11 +91,12 @@ from accelerate.utils import (
     set_seed,
 )
 from huggingface_hub import cached_assets_path
-from mapo_loss import mapo_loss
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from tqdm.auto import tqdm
+
+from mapo_loss import mapo_loss
 
 
 logger = get_logger(__name__)
@@ -407,7 +408,7 @@ def known_errors_end_in_one_line():  # twin
 
 def load_unet(args: argparse.Namespace, accelerator: Accelerator) -> tuple:
     """The UNet, on the CPU, and the noise scheduler, whose prediction type decides what the UNet learns to predict."""
-    from diffusers import DDPMScheduler, UNet2DConditionModel
+    from diffusers import DDPMScheduler, DiffusionPipeline, UNet2DConditionModel
     from diffusers.training_utils import cast_training_params
     from peft import LoraConfig
 
@@ -416,6 +417,9 @@ def load_unet(args: argparse.Namespace, accelerator: Accelerator) -> tuple:
     if args.use_lora:  # the frozen weights may be as short as the computation
         dtype = HALF_DTYPES.get(accelerator.mixed_precision, torch.float32)
     with blame("pretrained_model_name_or_path", name):
+        index = DiffusionPipeline.load_config(name, **hub)
+        if None in index.get("text_encoder", [None]) or "text_encoder_2" not in index:
+            raise ValueError(f"a {index['_class_name']}; name an SDXL base model")
         noise_scheduler = DDPMScheduler.from_pretrained(name, subfolder="scheduler", **hub)
         channels = UNet2DConditionModel.load_config(name, subfolder="unet", **hub)["in_channels"]
         if channels != 4:
@@ -439,7 +443,8 @@ def load_unet(args: argparse.Namespace, accelerator: Accelerator) -> tuple:
     if args.gradient_checkpointing:
         unet.enable_gradient_checkpointing()
     if args.enable_xformers_memory_efficient_attention:
-        unet.enable_xformers_memory_efficient_attention()
+        with blame("enable_xformers_memory_efficient_attention", "can't be had"):
+            unet.enable_xformers_memory_efficient_attention()
     if args.compile:
         if args.activation_memory_budget is not None:
             torch._functorch.config.activation_memory_budget = args.activation_memory_budget
@@ -449,7 +454,7 @@ def load_unet(args: argparse.Namespace, accelerator: Accelerator) -> tuple:
 
 def load_pipeline(args: argparse.Namespace, weight_dtype: torch.dtype):
     """SDXL's pipeline without its UNet, on the CPU: it encodes images and captions, and generates at validation."""
-    from diffusers import AutoencoderKL, DiffusionPipeline, StableDiffusionXLPipeline
+    from diffusers import AutoencoderKL, StableDiffusionXLPipeline
 
     name, vae_name = args.pretrained_model_name_or_path, args.pretrained_vae_model_name_or_path
     hub = {"revision": args.revision, "cache_dir": args.cache_dir}
@@ -458,9 +463,6 @@ def load_pipeline(args: argparse.Namespace, weight_dtype: torch.dtype):
         with blame("pretrained_vae_model_name_or_path", vae_name):
             components["vae"] = AutoencoderKL.from_pretrained(vae_name, cache_dir=args.cache_dir, dtype=torch.float32)
     with blame("pretrained_model_name_or_path", name):
-        index = DiffusionPipeline.load_config(name, **hub)
-        if None in index.get("text_encoder", [None]) or "text_encoder_2" not in index:
-            raise ValueError(f"a {index['_class_name']}; name an SDXL base model")
         pipeline = StableDiffusionXLPipeline.from_pretrained(
             name, variant=args.variant, dtype=weight_dtype, add_watermarker=False, **hub, **components
         )
@@ -1536,8 +1538,9 @@ def save_results(prompts: list[str], history: list[dict], args: argparse.Namespa
     plot_curves(history, Path(args.output_dir) / "curves.png")
     report = ""
     if args.demo and not args.skip_final_inference:
-        from demo.report import preference_report
         from diffusers import StableDiffusionXLPipeline
+
+        from demo.report import preference_report
 
         base = args.pretrained_model_name_or_path if args.use_lora else args.output_dir
         pipeline = StableDiffusionXLPipeline.from_pretrained(base, add_watermarker=False)
@@ -1633,9 +1636,8 @@ def prepare_run(args: argparse.Namespace) -> Accelerator:  # twin
     )
     diffusers.utils.check_min_version("0.42.0")
     console = logging.StreamHandler()
-    console.emit = lambda record: tqdm.write(
-        console.format(record).removeprefix("[RANK 0] "), file=sys.stderr
-    )  # above a progress bar
+    # Above a progress bar, and without the "[RANK 0] " that accelerate puts before each line.
+    console.emit = lambda record: tqdm.write(console.format(record).removeprefix("[RANK 0] "), file=sys.stderr)
     logging.basicConfig(format="%(message)s", level=logging.ERROR, handlers=[console])
     logger.setLevel(logging.INFO)
     logging.getLogger("xformers").setLevel(logging.ERROR)  # where it is installed for another torch
