@@ -352,7 +352,7 @@ def check_files(parser: argparse.ArgumentParser, args: argparse.Namespace) -> No
         except (OSError, UnicodeDecodeError) as error:
             parser.error(f"--validation_prompts {prompts[0]}: {error}")
         args.validation_prompts = prompts = [line.strip() for line in lines if line.strip()]
-    if prompts is not None and not all(prompts and [prompt.strip() for prompt in prompts]):
+    if prompts is not None and not (prompts and all(prompt.strip() for prompt in prompts)):
         parser.error("--validation_prompts: a prompt is empty")
     output_dir = Path(args.output_dir).resolve()
     for name in ("pretrained_model_name_or_path", "pretrained_vae_model_name_or_path", "dataset_name"):
@@ -1644,7 +1644,7 @@ def prepare_run(args: argparse.Namespace) -> Accelerator:  # twin
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
     huggingface_hub.utils.enable_progress_bars()  # which the line above switches off: downloads are to be seen
-    diffusers.utils.logging.set_verbosity_error()
+    diffusers.utils.logging.set_verbosity(logging.CRITICAL)  # what it logs as an error is raised too
     diffusers.utils.logging.disable_progress_bar()
 
     launched = int(os.environ.get("WORLD_SIZE", 1))

@@ -340,7 +340,7 @@ def test_transparent_rotated_grey_and_cmyk_images_are_read_as_shown():
 
 def entries(cache, name: str) -> dict:
     """Files of the encoded images or captions, and when they were written."""
-    return {path: path.stat().st_mtime_ns for path in cache.rglob("*.safetensors") if path.parts[-3].startswith(name)}
+    return {path: path.stat().st_mtime_ns for path in cache.rglob("*.safetensors") if path.parts[-4].startswith(name)}
 
 
 def test_images_and_captions_are_encoded_once_and_a_kill_loses_none(train, tmp_path):
@@ -374,7 +374,7 @@ def test_images_and_captions_are_encoded_once_and_a_kill_loses_none(train, tmp_p
     more = entries(cache, "images").keys() - images.keys()
     assert len(more) <= 2 * 2 * 4, "only held-out pairs of another seed are new"
     train(f"--cache_dir={cache}", "--max_train_samples=12", "--resolution=32", output_dir="smaller")
-    assert len({path.parts[-3] for path in entries(cache, "images")}) == 2
+    assert len({path.parts[-4] for path in entries(cache, "images")}) == 2
 
 
 def test_only_pairs_that_the_run_takes_are_decoded_and_encoded(train, tmp_path, monkeypatch):
