@@ -662,7 +662,7 @@ def open_source(args: argparse.Namespace, split: str, limit: int | None = None) 
             fail(f"--dataset_name {args.dataset_name}: no row can be used ({describe(table.counts)})")
         length = min(len(table), limit or len(table))
         order = np.random.default_rng((args.seed, 0)).permutation(length).tolist()
-        return Source(iter([(table, i) for i in order]), length, table.counts, fingerprint)
+        return Source(((table, i) for i in order), length, table.counts, fingerprint)
 
     counts = Counter()
 
@@ -1344,6 +1344,7 @@ def averaged(training: Training, accelerator: Accelerator):
 
 
 @torch.no_grad()
+@torch.compiler.set_stance("force_eager")  # not worth compiling for
 def measure_held_out(unet, dataset: EncodedPairs, noise_scheduler, args, accelerator: Accelerator) -> dict:
     """Means over the held-out pairs, whose noise and timesteps are the same each time."""
     count, size = len(dataset.pairs), args.train_batch_size
