@@ -175,10 +175,9 @@ def check_output(path: Path) -> None:
 def check_tokens(args: argparse.Namespace) -> None:
     """That the tokens are those of `lora_dir` and that the prompt has one."""
     tokens, folder = args.placeholder_token, Path(args.lora_dir)
-    if len(tokens) != len(args.initializer_token):
-        fail(
-            f"--initializer_token: {len(args.initializer_token)} for {len(tokens)} of --placeholder_token; each needs one"
-        )
+    count = len(args.initializer_token)
+    if count != len(tokens):
+        fail(f"--initializer_token: {count} for {len(tokens)} of --placeholder_token; each needs one")
     if not (folder / "pytorch_lora_weights.safetensors").is_file():
         fail(f"--lora_dir {folder}: no pytorch_lora_weights.safetensors in it; name the training's --output_dir")
     if not all(token.strip() for token in tokens) or len(set(tokens)) < len(tokens):
