@@ -61,6 +61,7 @@ class MaPOLoss(NamedTuple):
     margin: Tensor  # score_w - score_l, above 0 where the winner leads; Appendix A's `margin` is -L_margin
     margin_weight: Tensor  # d(L_margin / beta) / d(mse_w), where the SFT term's gradient is 1
     accuracy: Tensor  # 1 where mse_w < mse_l, else 0: a tie counts as wrong
+    safeguard: Tensor  # lambda, the factor on the loser's gradient: 1 without a safeguard
 
 
 def link_function(losses: Tensor, beta: float) -> Tensor:
@@ -79,7 +80,12 @@ def margin_loss(
 
 
 def mapo_loss(
-    model_pred: Tensor, target: Tensor, beta: float, snr_value: float = 0.5, num_train_timesteps: int = 1000
+    model_pred: Tensor,
+    target: Tensor,
+    beta: float,
+    snr_value: float = 0.5,
+    num_train_timesteps: int = 1000,
+    safeguard: float | None = None,
 ) -> MaPOLoss:
     """
     Eq. 5 for predictions of any kind (epsilon, v, flow matching): B winners, then their B losers in the same order.
@@ -90,14 +96,25 @@ def mapo_loss(
         beta: power of the score and inverse weight of the margin; the larger, the closer to SFT. The paper: 8 to 1024.
         snr_value: factor s on the errors in the score.
         num_train_timesteps: factor T on the margin, the number of training timesteps of the noise scheduler.
+        safeguard: None is the paper's loss. A number mu in [0, 1) keeps a pair from raising its winner's error for the
+            sake of the margin; it isn't in MaPO's paper but in Diffusion-SDPO's (arXiv 2511.03317), made for
+            Diffusion-DPO. With g_w and g_l the residuals `model_pred - target` of a pair, the loser's gradient is
+            multiplied by lambda = min(1, (1 - mu) * |g_w|^2 / <g_w, g_l>) where <g_w, g_l> > 0, so that to first order
+            in the model's output the loser's push can't outweigh the winner's pull. The loss's value is unchanged.
 
     Raises:
-        ValueError: a number not finite or not above 0, an odd or empty batch, shapes that differ, an integer tensor.
+        ValueError: a number not finite or not above 0, a safeguard outside [0, 1), an odd or empty batch, shapes that
+            differ, an integer tensor.
     """
     model_pred, target = _upcast(model_pred, target)
     if model_pred.ndim == 0 or model_pred.numel() == 0 or model_pred.shape[0] % 2:
         raise ValueError(f"Expected B winners, then B losers, shape (2B, ...), got {tuple(model_pred.shape)}.")
-    mse_w, mse_l = (model_pred - target).square().reshape(2, model_pred.shape[0] // 2, -1).mean(dim=2)  # (B,), (B,)
+    residual_w, residual_l = (model_pred - target).reshape(2, model_pred.shape[0] // 2, -1)  # (B, N), (B, N)
+    mse_w, mse_l = residual_w.square().mean(dim=1), residual_l.square().mean(dim=1)
+    factor = torch.ones_like(mse_l)
+    if safeguard is not None:
+        factor = _safeguard_factor(residual_w.detach(), residual_l.detach(), safeguard)
+        mse_l = torch.lerp(mse_l.detach(), mse_l, factor)  # the same value, the gradient times the factor
     score_w, score_l, loss_margin = _scores_and_margin_loss(mse_w, mse_l, beta, snr_value, num_train_timesteps)
     loss = mse_w.mean() + loss_margin.mean() / beta  # eq. 5
 
@@ -106,7 +123,7 @@ def mapo_loss(
     slope = torch.where(x_w > 0, 1 + torch.expm1(_log_phi(x_w)) / x_w, 0.5)  # -phi_1' / phi_1
     # phi_beta' = beta * phi_beta * phi_1' / phi_1, and its beta cancels the 1/beta of eq. 5.
     margin_weight = torch.sigmoid(-num_train_timesteps * margin) * num_train_timesteps * score_w * slope * snr_value
-    logs = (mse_w, mse_l, score_w, score_l, margin, margin_weight, mse_w < mse_l)
+    logs = (mse_w, mse_l, score_w, score_l, margin, margin_weight, mse_w < mse_l, factor)
     return MaPOLoss(loss.to(mse_w.dtype), *(log.detach().to(mse_w.dtype) for log in logs))
 
 
@@ -115,6 +132,14 @@ def _scores_and_margin_loss(mse_w, mse_l, beta, snr_value, num_train_timesteps):
     score_w = link_function(snr_value * _widen(mse_w), beta)  # eq. 7
     score_l = link_function(snr_value * _widen(mse_l), beta)  # eq. 7
     return score_w, score_l, -F.logsigmoid(num_train_timesteps * (score_w - score_l))  # eq. 6
+
+
+def _safeguard_factor(residual_w: Tensor, residual_l: Tensor, mu: float) -> Tensor:
+    if isinstance(mu, bool) or not isinstance(mu, (int, float)) or not 0 <= mu < 1:
+        raise ValueError(f"safeguard must be None or a Python number in [0, 1), got {mu!r}.")
+    product = (residual_w * residual_l).sum(dim=1)
+    bound = (1 - mu) * residual_w.square().sum(dim=1) / torch.where(product > 0, product, 1)
+    return torch.where(product > 0, bound.clamp(max=1), 1)
 
 
 def _log_phi(x: Tensor) -> Tensor:

@@ -211,6 +211,7 @@ def test_mapo_loss_by_hand():
         margin=torch.tensor([0.519547, 0.0]),
         margin_weight=torch.tensor([0.186479, 0.098557]),
         accuracy=torch.tensor([1.0, 0.0]),
+        safeguard=torch.tensor([1.0, 1.0]),
     )
     for name, value in expected._asdict().items():
         torch.testing.assert_close(getattr(out, name), value, rtol=0, atol=2e-6, msg=lambda text: f"{name}: {text}")
@@ -483,6 +484,107 @@ def test_nan_prediction_is_not_hidden():
     model_pred, target = make_pair_batch()
     model_pred[0, 0, 0, 0] = torch.nan
     assert mapo_loss(model_pred, target, 8).loss.isnan()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The safeguard of the winner, which the paper doesn't have
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def safeguarded_gradient(model_pred, target, beta, mu, snr_value=0.5, num_train_timesteps=1000):
+    """Diffusion-SDPO's rule, pair by pair, on the gradient of Appendix A: the loser's half times lambda."""
+    gradient = value_and_gradients(lambda pred: appendix_a(pred, target, beta), model_pred)[1].clone()
+    pairs, factors = len(model_pred) // 2, []
+    for i in range(pairs):
+        g_w, g_l = ((model_pred[row] - target[row]).flatten() for row in (i, pairs + i))
+        product = torch.dot(g_w, g_l)
+        factors.append(min(1.0, float((1 - mu) * torch.dot(g_w, g_w) / product)) if product > 0 else 1.0)
+        gradient[pairs + i] *= factors[-1]
+    return gradient, torch.tensor(factors, dtype=model_pred.dtype)
+
+
+def related_pairs(pairs: int, dtype=torch.float64) -> tuple[torch.Tensor, torch.Tensor]:
+    """Residuals of winner and loser that are correlated, as they are in training, or opposed in every third pair."""
+    generator = torch.Generator().manual_seed(3)
+    target = torch.randn(2 * pairs, 4, 6, 6, generator=generator, dtype=dtype)
+    residual_w = 0.3 * torch.randn(pairs, 4, 6, 6, generator=generator, dtype=dtype)
+    residual_l = residual_w * torch.linspace(0.2, 2, pairs, dtype=dtype)[:, None, None, None]
+    residual_l += 0.1 * torch.randn(pairs, 4, 6, 6, generator=generator, dtype=dtype)
+    residual_l[::3] *= -1
+    return target + torch.cat([residual_w, residual_l]), target
+
+
+@pytest.mark.parametrize("mu", [0, 0.3, 0.8, 0.999])
+@pytest.mark.parametrize("beta", [1, 8, 64])
+def test_safeguard_scales_the_losers_gradient_only(beta, mu):
+    model_pred, target = related_pairs(12)
+    expected, factors = safeguarded_gradient(model_pred, target, beta, mu)
+    assert (factors == 1).any()
+    assert (factors < 1).any()
+    gradient = value_and_gradients(lambda pred: mapo_loss(pred, target, beta, safeguard=mu).loss, model_pred)[1]
+    torch.testing.assert_close(gradient, expected, rtol=1e-9, atol=1e-15)
+    out, plain = mapo_loss(model_pred, target, beta, safeguard=mu), mapo_loss(model_pred, target, beta)
+    torch.testing.assert_close(out.safeguard, factors, rtol=1e-12, atol=0)
+    assert all(torch.equal(a, b) for a, b in zip(out[:-1], plain[:-1]))  # no value changes
+    assert plain.safeguard.eq(1).all()
+
+
+def test_safeguard_near_1_leaves_no_gradient_of_a_loser_that_shares_the_winners_direction():
+    model_pred, target = related_pairs(12)
+    mu = 1 - 1e-12
+    gradient = value_and_gradients(lambda pred: mapo_loss(pred, target, 8, safeguard=mu).loss, model_pred)[1]
+    plain = value_and_gradients(lambda pred: mapo_loss(pred, target, 8).loss, model_pred)[1]
+    opposed = torch.arange(12) % 3 == 0
+    assert gradient[12:][~opposed].abs().max() < 1e-9 * plain[12:][~opposed].abs().max()
+    assert torch.equal(gradient[12:][opposed], plain[12:][opposed])
+    assert torch.equal(gradient[:12], plain[:12])
+
+
+@pytest.mark.parametrize("winner, loser", [(0.0, 0.5), (0.5, 0.0), (0.0, 0.0)])
+def test_safeguard_of_a_perfect_prediction(winner, loser):
+    target = torch.zeros(2, 4)
+    model_pred = torch.tensor([[winner], [loser]]).expand(2, 4).clone()
+    out = mapo_loss(model_pred, target, 8, safeguard=0.8)
+    gradient = value_and_gradients(lambda pred: mapo_loss(pred, target, 8, safeguard=0.8).loss, model_pred)[1]
+    assert out.safeguard.item() == 1  # the residuals have no direction in common
+    assert gradient.isfinite().all()
+
+
+def test_safeguard_works_per_pair_so_accumulation_changes_nothing():
+    model_pred, target = related_pairs(6)
+    whole = value_and_gradients(lambda pred: mapo_loss(pred, target, 8, safeguard=0.6).loss, model_pred)[1]
+    model_pred.requires_grad_()
+    for rows in torch.arange(12).reshape(2, 3, 2).permute(1, 0, 2).flatten(1):
+        (mapo_loss(model_pred[rows], target[rows], 8, safeguard=0.6).loss / 3).backward()
+    torch.testing.assert_close(model_pred.grad, whole, rtol=1e-12, atol=1e-15)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_safeguard_is_in_fp32_under_autocast(dtype):
+    model_pred, target = (x.to(dtype) for x in related_pairs(6))
+    expected = mapo_loss(model_pred.float(), target.float(), 8, safeguard=0.6).safeguard
+    with torch.autocast("cpu", dtype=dtype):
+        out = mapo_loss(model_pred, target, 8, safeguard=0.6)
+    assert out.safeguard.dtype == torch.float32
+    assert torch.equal(out.safeguard, expected)
+
+
+def test_safeguard_compiles_to_one_graph():
+    torch._dynamo.reset()
+    model_pred, target = related_pairs(6, torch.float32)
+    results = []
+    for function in (torch.compile(mapo_loss, fullgraph=True, backend="inductor"), mapo_loss):
+        leaf = model_pred.clone().requires_grad_()
+        out = function(leaf, target, 8, safeguard=0.6)
+        results.append((*out, *torch.autograd.grad(out.loss, leaf)))
+    for got, expected in zip(*results):
+        torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-7)
+
+
+@pytest.mark.parametrize("safeguard", [-0.1, 1, 1.5, math.nan, math.inf, "0.8", True, torch.tensor(0.8)])
+def test_unusable_safeguards(safeguard):
+    with pytest.raises(ValueError, match="safeguard must be None or a Python number in"):
+        mapo_loss(*make_pair_batch(), 8, safeguard=safeguard)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
