@@ -63,6 +63,7 @@ import contextlib
 import hashlib
 import importlib.util
 import io
+import itertools
 import json
 import logging
 import math
@@ -71,7 +72,9 @@ import re
 import shutil
 import signal
 import sys
+import tempfile
 import time
+from datetime import timedelta
 from pathlib import Path
 from typing import NamedTuple
 
@@ -80,7 +83,14 @@ import torch
 import torch.nn.functional as F
 from accelerate import Accelerator
 from accelerate.logging import get_logger
-from accelerate.utils import ProjectConfiguration, gather_object, set_seed
+from accelerate.utils import (
+    AutocastKwargs,
+    DistributedDataParallelKwargs,
+    InitProcessGroupKwargs,
+    ProjectConfiguration,
+    gather_object,
+    set_seed,
+)
 from huggingface_hub import cached_assets_path, create_repo, upload_folder
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 from safetensors import SafetensorError
@@ -117,18 +127,9 @@ DEMO_SETTINGS = {
 OPTIMIZERS = ("adamw", "adamw_8bit", "adafactor", "prodigy")
 SCHEDULES = ("linear", "cosine", "cosine_with_restarts", "polynomial", "constant", "constant_with_warmup")
 # Packages that a choice needs.
-PACKAGES = {
-    "adamw_8bit": "bitsandbytes",
-    "prodigy": "prodigyopt",
-    "tensorboard": "tensorboard",
-    "wandb": "wandb",
-    "trackio": "trackio",
+PACKAGES = {"adamw_8bit": "bitsandbytes", "prodigy": "prodigyopt"} | {
+    t: t for t in ("tensorboard", "wandb", "trackio")
 }
-# Flags that go together.
-TOGETHER = (
-    ("pretrained_model_name_or_path", "instance_data_dir"),
-    ("placeholder_token", "initializer_token"),
-)
 # UNet samples at 1024 px in one pass that a LoRA with --gradient_checkpointing trains on 16 GB.
 SAMPLES_PER_PASS = 8
 # What --mixed_precision computes in; without it, fp32.
@@ -289,27 +290,23 @@ def check_args(parser: argparse.ArgumentParser, args: argparse.Namespace) -> Non
     for name in args.changed:
         if getattr(args, name) in ("", [""]):
             parser.error(f"--{name}: is empty")
-    for first, second in TOGETHER:
-        for given, missing in ((first, second), (second, first)):
-            if getattr(args, given) is not None and getattr(args, missing) is None:
-                parser.error(f"--{given} needs --{missing} too")
-    needs = {
-        "prior_loss_weight": ("--with_prior_preservation", args.with_prior_preservation),
-        "refresh_rejected_steps": ("--loss_type mapo", args.loss_type == "mapo"),
-        "rejected_data_dir": ("--loss_type mapo", args.uses_rejected),
-        "num_rejected_per_image": ("--loss_type mapo", args.uses_rejected),
-        "beta_mapo": ("--loss_type mapo", args.loss_type == "mapo"),
-        "snr_value": ("--loss_type mapo", args.loss_type == "mapo"),
-        "safeguard": ("--loss_type mapo", args.loss_type == "mapo"),
-        "beta_dco": ("--loss_type dco", args.loss_type == "dco"),
-        "lr_num_cycles": ("--lr_scheduler cosine_with_restarts", args.lr_scheduler == "cosine_with_restarts"),
-        "lr_power": ("--lr_scheduler polynomial", args.lr_scheduler == "polynomial"),
-        "hub_model_id": ("--push_to_hub", args.push_to_hub),
-    }
-    for name in args.changed:
-        flag, given = needs.get(name, ("", True))
-        if not given and not (args.demo and name in DEMO_SETTINGS):
-            parser.error(f"--{name} needs {flag} too")
+    together = (("pretrained_model_name_or_path", "instance_data_dir"), ("placeholder_token", "initializer_token"))
+    for first, second in together:
+        if (getattr(args, first) is None) != (getattr(args, second) is None):
+            given, missing = (second, first) if getattr(args, first) is None else (first, second)
+            parser.error(f"--{given} needs --{missing} too")
+    for names, flag, given in (
+        ("beta_mapo snr_value safeguard refresh_rejected_steps", "--loss_type mapo", args.loss_type == "mapo"),
+        ("rejected_data_dir num_rejected_per_image", "--loss_type mapo", args.uses_rejected),
+        ("beta_dco", "--loss_type dco", args.loss_type == "dco"),
+        ("prior_loss_weight", "--with_prior_preservation", args.with_prior_preservation),
+        ("lr_num_cycles", "--lr_scheduler cosine_with_restarts", args.lr_scheduler == "cosine_with_restarts"),
+        ("lr_power", "--lr_scheduler polynomial", args.lr_scheduler == "polynomial"),
+        ("hub_model_id", "--push_to_hub", args.push_to_hub),
+    ):
+        for name in set(names.split()) & set(args.changed):
+            if not given:  # it would do nothing
+                parser.error(f"--{name} needs {flag} too")
     for flags, both in {
         f"--use_8bit_adam and --optimizer {args.optimizer}": args.use_8bit_adam and "adamw" not in args.optimizer,
         "--use_dora and --output_kohya_format": args.use_dora and args.output_kohya_format,  # no loader reads it
@@ -347,11 +344,9 @@ def check_files(parser: argparse.ArgumentParser, args: argparse.Namespace) -> No
     if prompts is not None and not all(prompts and [prompt.strip() for prompt in prompts]):
         parser.error("--validation_prompts: a prompt is empty")
     output_dir = Path(args.output_dir).resolve()
-    for name in ("pretrained_model_name_or_path", "pretrained_vae_model_name_or_path", "instance_data_dir"):
-        if getattr(args, name) is not None and Path(getattr(args, name)).resolve() == output_dir:
-            parser.error(f"--output_dir {output_dir}: is --{name} too; name another folder")
-    if output_dir == DEMO.parent:
-        parser.error(f"--output_dir {output_dir}: holds this script; name another folder")
+    read = (args.pretrained_model_name_or_path, args.instance_data_dir, DEMO.parent)
+    if output_dir in [Path(source).resolve() for source in read if source is not None]:
+        parser.error(f"--output_dir {output_dir}: holds what the run reads; name another folder")
     if args.resume_from_checkpoint is None and not args.demo:
         for result in ("checkpoint-*/state.json", "*.safetensors"):
             if found := sorted(output_dir.glob(result)):
@@ -429,24 +424,18 @@ def load_models(args: argparse.Namespace, accelerator: Accelerator) -> tuple:
     """The model with all that is trained, and the noise scheduler, whose prediction type decides what it predicts."""
     from diffusers import AutoencoderKL, DDPMScheduler, StableDiffusionXLPipeline
 
-    options, vae_name = {"cache_dir": args.cache_dir}, args.pretrained_vae_model_name_or_path
-    if vae_name is not None:
+    options = {"revision": args.revision, "variant": args.variant, "cache_dir": args.cache_dir}
+    if (vae_name := args.pretrained_vae_model_name_or_path) is not None:
         with blame("pretrained_vae_model_name_or_path", vae_name):
             options["vae"] = AutoencoderKL.from_pretrained(vae_name, cache_dir=args.cache_dir, dtype=torch.float32)
     # The frozen weights may be as short as the computation; not the VAE's, as SDXL's own overflows in fp16.
     options["dtype"] = {"vae": torch.float32, "default": HALF_DTYPES.get(accelerator.mixed_precision, torch.float32)}
-    with blame("pretrained_model_name_or_path", args.pretrained_model_name_or_path):
-        pipeline = StableDiffusionXLPipeline.from_pretrained(
-            args.pretrained_model_name_or_path,
-            revision=args.revision,
-            variant=args.variant,
-            add_watermarker=False,
-            **options,
-        )
+    name = args.pretrained_model_name_or_path
+    with blame("pretrained_model_name_or_path", name):
+        pipeline = StableDiffusionXLPipeline.from_pretrained(name, add_watermarker=False, **options)
     noise_scheduler = DDPMScheduler.from_config(pipeline.scheduler.config)
-    prediction_type = noise_scheduler.config.prediction_type
-    if prediction_type not in ("epsilon", "v_prediction"):
-        fail(f"{args.pretrained_model_name_or_path}: prediction type {prediction_type}; needs epsilon or v_prediction")
+    if noise_scheduler.config.prediction_type not in ("epsilon", "v_prediction"):
+        fail(f"{name}: it predicts {noise_scheduler.config.prediction_type}; needs epsilon or v_prediction")
     pipeline.set_progress_bar_config(disable=True)
     pipeline.to(accelerator.device)
     pipeline.vae.to(memory_format=torch.channels_last)  # faster for convolutions of few channels
@@ -493,12 +482,8 @@ class PersonalizedModel(torch.nn.Module):
             self.adapted |= {"text_encoder": self.text_encoder, "text_encoder_2": self.text_encoder_2}
 
         self.tokens = []
-        for tokenizer, text_encoder in (
-            (pipeline.tokenizer, self.text_encoder),
-            (pipeline.tokenizer_2, self.text_encoder_2),
-        ):
-            if args.placeholder_token is None:
-                break
+        encoders = ((pipeline.tokenizer, self.text_encoder), (pipeline.tokenizer_2, self.text_encoder_2))
+        for tokenizer, text_encoder in encoders if args.placeholder_token is not None else ():
             pieces = [tokenizer.tokenize(word)[0] for word in args.initializer_token]
             initializers, first = tokenizer.convert_tokens_to_ids(pieces), len(tokenizer)
             tokenizer.add_tokens(args.placeholder_token)  # as `load_textual_inversion` does
@@ -546,17 +531,8 @@ def add_lora(module, args: argparse.Namespace, target_modules: list[str], **opti
 
 
 class TokenEmbedding(torch.nn.Module):
-    """A text encoder's frozen table and, behind it, rows for new tokens: the only parameters that train, in fp32.
-
-    Args:
-        table: the encoder's own embedding, D wide; never written to.
-        first: id of the first new token, the tokenizer's length before it.
-        initializers: ids of the words that the n rows start as.
-
-    Attributes:
-        rows: Shape: (n, D)
-        norms: norms of the rows at the start. Shape: (n, 1)
-    """
+    """A text encoder's frozen table and, from id `first` on, rows for new tokens: the only parameters that train, in
+    fp32. They start as the rows of `initializers`. Shape: (n, D)"""
 
     def __init__(self, table: torch.nn.Embedding, first: int, initializers: list[int]) -> None:
         super().__init__()
@@ -583,7 +559,8 @@ class Photo(NamedTuple):
 
 
 def load_photos(args: argparse.Namespace) -> list[Photo]:
-    """The photos of --instance_data_dir with their captions; the tokens may come from DCO's JSON."""
+    """The photos of --instance_data_dir with their captions. The tokens may come from DCO's JSON; fills in
+    --validation_prompts, which need them."""
     path = Path(args.instance_data_dir)
     listed = list_config(path, args) if path.is_file() else list_folder(path, args)
     if not listed:
@@ -592,19 +569,20 @@ def load_photos(args: argparse.Namespace) -> list[Photo]:
     if len(tokens) != len(words):
         fail(f"--initializer_token: {len(words)} for {len(tokens)} of --placeholder_token; each token needs one")
     for value in (*tokens, *words):
-        if not value or re.search(r"\s", value):
+        if not re.fullmatch(r"\S+", value):
             fail(f"--placeholder_token, --initializer_token: {value!r} must be one word")
     for token in tokens:
         if [other for other in tokens if token in other] != [token]:
             fail(f"--placeholder_token {token}: stands twice, or is part of another; name them apart")
+    if args.validation_prompts is None:
+        places = ("a photo of {} on a beach", "{} in the snow", "a watercolor painting of {}", "{} wearing a red hat")
+        args.validation_prompts = [place.format(token) for token in tokens[:1] for place in places]
     photos = []
     for file, caption, base_caption in listed:
         if base_caption is None:
             caption, base_caption = with_and_without_token(caption, args)
         if tokens and not any(token in caption for token in tokens):
-            fail(
-                f"--instance_data_dir: the caption of {file}, {caption!r}, has none of {', '.join((*tokens, *words))}"
-            )
+            fail(f"--instance_data_dir: {file}'s caption, {caption!r}, has none of {', '.join((*tokens, *words))}")
         with blame("instance_data_dir", f"{file} can't be read"):
             photos.append(Photo(file.stem, decode_image(file), caption, base_caption))
     names = [photo.name for photo in photos]
@@ -631,8 +609,7 @@ def list_folder(path: Path, args: argparse.Namespace) -> list[tuple]:
         captions = {file: text.read_text(encoding="utf-8-sig") for file, text in captions.items()}
     for file in files:
         if not isinstance(captions.get(file), str) or not captions[file].strip():
-            fail(f"--instance_data_dir: {file} has no caption; write one to metadata.jsonl, {file.stem}.txt, or name "
-                 "--instance_prompt")  # fmt: skip
+            fail(f"--instance_data_dir: {file} has no caption in metadata.jsonl, {file.stem}.txt or --instance_prompt")
     return [(file, captions[file].strip(), None) for file in files]
 
 
@@ -686,62 +663,20 @@ def decode_image(file: bytes | str | Path | Image.Image) -> Image.Image:  # twin
     return image.convert("RGB")
 
 
-def prepare_image(  # twin
-    image: Image.Image, resolution: int, crop: np.ndarray = np.full(2, 0.5), flip: bool = False
-) -> tuple[torch.Tensor, list[int]]:
-    """Resizes the shorter side to `resolution`, crops at a fraction of the room there is (0.5: the centre), mirrors.
+def prepare_image(image: Image.Image, resolution: int) -> tuple[torch.Tensor, list[int]]:
+    """Resizes the shorter side to `resolution` and crops the centre.
 
     Returns the pixels, uint8, Shape: (3, R, R), and SDXL's micro-conditioning: original height and width, top and left
     of the crop, target height and width.
     """
     width, height = image.size
-    scale = resolution / min(width, height)
-    new_width, new_height = max(resolution, round(width * scale)), max(resolution, round(height * scale))
-    top, left = int((new_height - resolution) * crop[0]), int((new_width - resolution) * crop[1])
+    side, scale = min(width, height), resolution / min(width, height)
+    left, top = (width - side) / 2, (height - side) / 2
     # Only the crop is resized: a thin image would take all memory.
-    x, y = width / new_width, height / new_height
-    box = (left * x, top * y, min(width, (left + resolution) * x), min(height, (top + resolution) * y))
+    box = (left, top, left + side, top + side)
     cropped = image.resize((resolution, resolution), Image.Resampling.LANCZOS, box)
-    if flip:
-        cropped = ImageOps.mirror(cropped)
-        left = new_width - resolution - left  # where the crop begins in the mirrored image
     pixels = torch.from_numpy(np.asarray(cropped).copy()).permute(2, 0, 1)
-    return pixels, [height, width, top, left, resolution, resolution]
-
-
-def load_rejected(step: int, photos: list[Photo], model, args, accelerator: Accelerator) -> list[list[Image.Image]]:
-    """The rejected images of each photo: the user's own; at first what the starting model generates for the base
-    captions, kept in the cache; later what the tuned model generates. Seeds are fixed; only what the folder doesn't
-    have is generated."""
-    if args.rejected_data_dir is not None and step == 0:
-        return find_rejected(photos, args)
-    pipeline = accelerator.unwrap_model(model).pipeline
-    if step == 0:
-        captions, folder = [photo.base_caption for photo in photos], rejected_folder(photos, model, args, accelerator)
-        pipeline.disable_lora()
-    else:
-        captions, folder = [photo.caption for photo in photos], Path(args.output_dir) / "rejected" / str(step)
-        if accelerator.is_main_process:  # a run that was killed left images of this step, or another run did
-            shutil.rmtree(folder, ignore_errors=True)
-            folder.mkdir(parents=True)
-        accelerator.wait_for_everyone()
-    files = [[folder / f"{photo.name}-{j}.png" for j in range(args.num_rejected_per_image)] for photo in photos]
-    missing = [(i, j) for i, row in enumerate(files) for j, file in enumerate(row) if not file.exists()]
-    accelerator.wait_for_everyone()  # all have looked before any writes
-    size = args.sample_batch_size * accelerator.num_processes
-    hidden = not missing or not accelerator.is_main_process
-    with tqdm(total=len(missing), desc="Rejected images", leave=False, disable=hidden) as bar:
-        for start in range(0, len(missing), size):
-            chunk = missing[start : start + size]
-            seeds = [int(np.random.SeedSequence((args.seed, step, i, j)).generate_state(1)[0]) for i, j in chunk]
-            images = generate_images(model, [captions[i] for i, _ in chunk], seeds, args, accelerator)
-            for (i, j), image in zip(chunk, images):
-                if accelerator.is_main_process:
-                    save_aside(files[i][j], image.save)
-            bar.update(len(chunk))
-    pipeline.enable_lora()
-    accelerator.wait_for_everyone()
-    return [[decode_image(file) for file in row] for row in files]
+    return pixels, [height, width, int(top * scale), int(left * scale), resolution, resolution]
 
 
 def find_rejected(photos: list[Photo], args: argparse.Namespace) -> list[list[Image.Image]]:
@@ -760,21 +695,47 @@ def find_rejected(photos: list[Photo], args: argparse.Namespace) -> list[list[Im
     return found
 
 
-def rejected_folder(photos: list[Photo], model, args: argparse.Namespace, accelerator: Accelerator) -> Path:
-    """The folder of the cache that is named after all that the rejected images depend on."""
-    manifest = {
-        "model": args.pretrained_model_name_or_path,
-        "weights": model.fingerprint,
-        "vae": args.pretrained_vae_model_name_or_path,
-        "scheduler": dict(model.pipeline.scheduler.config),
-        "captions": {photo.name: photo.base_caption for photo in photos},
-        "mixed_precision": accelerator.mixed_precision,
-    }
-    manifest |= {n: getattr(args, n) for n in ("resolution", "guidance_scale", "num_inference_steps", "seed")}
-    folder = cached_assets_path("mapo", f"rejected-{hash_of(manifest)}", assets_dir=args.cache_dir)
-    if accelerator.is_main_process and not (folder / "manifest.json").exists():
-        save_aside(folder / "manifest.json", lambda path: path.write_text(json.dumps(manifest, indent=2, default=str)))
-    return folder
+def generate_rejected(step: int, photos: list[Photo], model, args, accelerator: Accelerator) -> list[list]:
+    """The rejected images of each photo: at first what the starting model generates for the base captions, kept in the
+    cache, later what the tuned model generates for the captions. From fixed seeds, where the folder has none."""
+    pipeline = accelerator.unwrap_model(model).pipeline
+    if step == 0:
+        captions = [photo.base_caption for photo in photos]
+        made_by = [
+            accelerator.unwrap_model(model).fingerprint,
+            dict(pipeline.scheduler.config),
+            accelerator.mixed_precision,
+        ]
+        made_by += [
+            args.pretrained_vae_model_name_or_path,
+            args.resolution,
+            args.guidance_scale,
+            args.num_inference_steps,
+        ]
+        name = hash_of(*made_by, args.seed, [photo.name for photo in photos], captions)
+        folder = cached_assets_path("mapo", f"rejected-{name}", assets_dir=args.cache_dir)
+        pipeline.disable_lora()
+    else:
+        captions, folder = [photo.caption for photo in photos], Path(args.output_dir) / "rejected" / str(step)
+        if accelerator.is_main_process:  # a run that was killed may have left images of this step
+            shutil.rmtree(folder, ignore_errors=True)
+            folder.mkdir(parents=True)
+        accelerator.wait_for_everyone()
+    files = [[folder / f"{photo.name}-{j}.png" for j in range(args.num_rejected_per_image)] for photo in photos]
+    missing = [(i, j) for i, row in enumerate(files) for j, file in enumerate(row) if not file.exists()]
+    accelerator.wait_for_everyone()  # all have looked before any writes
+    size = args.sample_batch_size * accelerator.num_processes
+    hidden = not missing or not accelerator.is_main_process
+    for start in tqdm(range(0, len(missing), size), desc="Rejected images", leave=False, disable=hidden):
+        chunk = missing[start : start + size]
+        seeds = [int(np.random.SeedSequence((args.seed, step, i, j)).generate_state(1)[0]) for i, j in chunk]
+        images = generate_images(model, [captions[i] for i, _ in chunk], seeds, args, accelerator)
+        for (i, j), image in zip(chunk, images):
+            if accelerator.is_main_process:
+                save_aside(files[i][j], image.save)
+    pipeline.enable_lora()
+    accelerator.wait_for_everyone()
+    return [[decode_image(file) for file in row] for row in files]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -1163,13 +1124,26 @@ def generate_images(model, prompts: list[str], seeds: list[int], args, accelerat
     return [image for _, image in sorted(gather_object(images), key=lambda pair: pair[0])]
 
 
+def find_font(text: str) -> str:  # twin
+    """File of an installed font that has every character of the text; where none has, of matplotlib's own."""
+    from matplotlib import font_manager, ft2font
+
+    own = font_manager.findfont("DejaVu Sans")
+    for path in itertools.chain([own], sorted(font_manager.findSystemFonts())):
+        with contextlib.suppress(OSError, RuntimeError):  # of fonts in bitmaps, or damaged
+            ImageFont.truetype(path, 13)
+            font = ft2font.FT2Font(path)
+            if all(font.get_char_index(ord(character)) for character in text if not character.isspace()):
+                return path
+    logger.info("No installed font has all characters of the prompts; fonts-noto-cjk or fonts-unifont have many.")
+    return own
+
+
 def make_grid(rows: list[tuple[str, list[str], list[Image.Image]]]) -> Image.Image:
     """Rows of images, each with a title on the left and its captions above the images; at most 6 in a row."""
     import textwrap
 
-    from matplotlib import font_manager
-
-    file = font_manager.findfont("DejaVu Sans")  # comes with matplotlib; has accents, Greek and Cyrillic
+    file = find_font("".join(caption for _, captions, _ in rows for caption in captions))
     small, large = ImageFont.truetype(file, 11), ImageFont.truetype(file, 13)
     side = max(128, min(384, max(image.width for _, _, images in rows for image in images)))
     left, head = 110, 40
@@ -1265,16 +1239,15 @@ def save_weights(model, args: argparse.Namespace) -> None:
         save_aside(output_dir / "learned_embeds.safetensors", lambda path: save_file(rows, path))
 
 
-def convert_to_kohya(layers: dict[str, torch.Tensor], alpha: float) -> dict[str, torch.Tensor]:
-    """PEFT's names to those that ComfyUI, A1111 and sd-scripts read, with the alpha of each layer: diffusers' own
-    converter writes the rank for it."""
-    parts = {"unet": "lora_unet", "text_encoder": "lora_te1", "text_encoder_2": "lora_te2"}
-    kinds = {"lora_A": "lora_down", "lora_B": "lora_up"}
+def convert_to_kohya(layers: dict[str, torch.Tensor], alpha: float) -> dict[str, torch.Tensor]:  # twin
+    """A LoRA with peft's names, each behind its model's, under the names of sd-scripts, ComfyUI and A1111."""
+    models = {"unet": "lora_unet", "text_encoder": "lora_te1_text_model", "text_encoder_2": "lora_te2_text_model"}
     converted = {}
-    for name, layer in layers.items():
-        part, *module, kind, _ = name.split(".")
-        module = "_".join([parts[part], *module])
-        converted[f"{module}.{kinds[kind]}.weight"] = layer.contiguous()
+    for name, tensor in layers.items():
+        model, _, module = name.partition(".")
+        module, side, _ = module.removeprefix("text_model.").rsplit(".", 2)
+        module = f"{models[model]}_{module.replace('.', '_')}"
+        converted[f"{module}.{'lora_down' if side == 'lora_A' else 'lora_up'}.weight"] = tensor
         converted[f"{module}.alpha"] = torch.tensor(float(alpha))
     return converted
 
@@ -1304,13 +1277,12 @@ def write_usage(prompt: str, args: argparse.Namespace) -> str:
 
 def save_model_card(prompt: str, images: list[Image.Image], report: str, args: argparse.Namespace) -> None:
     """README.md, with the images of the new contexts for the hub's gallery."""
+    from diffusers.utils.hub_utils import populate_model_card
     from huggingface_hub import ModelCard, ModelCardData
 
     base, output_dir = args.pretrained_model_name_or_path, Path(args.output_dir)
-    named = {"loss_type", "learning_rate", "max_train_steps", "resolution", "rank", "seed", *args.changed}
-    named |= {"beta_mapo"} if args.loss_type == "mapo" else set()
-    named -= {"output_dir", "cache_dir", "logging_dir", "resume_from_checkpoint", "report_to", "push_to_hub"}
-    named -= {"hub_model_id", "hub_token", "use_8bit_adam"}
+    named = {"loss_type", "learning_rate", "max_train_steps", "resolution", "rank", *args.changed}
+    named -= set("output_dir cache_dir logging_dir resume_from_checkpoint report_to push_to_hub hub_token".split())
     settings = json.dumps({name: getattr(args, name) for name in sorted(named)}, indent=2, ensure_ascii=False)
     usage = write_usage(prompt, args)
     # Longer than any run of backticks in a prompt, which could end the block.
@@ -1328,21 +1300,17 @@ A LoRA of SDXL{" and a new token" if args.placeholder_token else ""}, trained on
     description += f"\nSettings that are not the defaults, and some that matter:\n\n{fence}json\n{settings}\n{fence}\n"
     for i, image in enumerate(images):
         save_aside(output_dir / f"image_{i}.png", image.save)
-    tags = "stable-diffusion-xl text-to-image diffusers diffusers-training lora mapo dreambooth".split()
-    data = ModelCardData(
+    card = ModelCard(f"---\n{{}}\n---\n{description}")
+    shown = zip(args.validation_prompts, range(len(images)))
+    card.data = ModelCardData(
         base_model=None if Path(base).exists() else base,  # the hub refuses a local path
-        license=None if Path(base).exists() else "openrail++",  # SDXL's
-        library_name="diffusers",
+        license="openrail++" if base.startswith("stabilityai/stable-diffusion-xl") else None,
         pipeline_tag="text-to-image",
         instance_prompt=prompt,
-        tags=[*tags, "textual-inversion"] if args.placeholder_token else tags,
-        widget=[
-            {"text": text, "output": {"url": f"image_{i}.png"}}
-            for i, (text, _) in enumerate(zip(args.validation_prompts or [], images))
-        ]
-        or None,
+        widget=[{"text": text, "output": {"url": f"image_{i}.png"}} for text, i in shown] or None,
     )
-    card = ModelCard(f"---\n{data.to_yaml()}\n---\n{description}")
+    tags = ["stable-diffusion-xl", "text-to-image", "diffusers", "mapo", "lora", "dreambooth"]
+    populate_model_card(card, [*tags, "textual-inversion"] if args.placeholder_token else tags)
     save_aside(output_dir / "README.md", card.save)
 
 
@@ -1359,8 +1327,8 @@ def save_results(model, history: list[dict], photos: list[Photo], rejected, befo
     if args.demo and not args.skip_final_inference:
         from demo.report import subject_report
 
-        model.pipeline.vae.to(accelerator.device)
-        report = subject_report(model.pipeline.to(accelerator.device), args.placeholder_token[0])
+        with accelerator.autocast():
+            report = subject_report(model.eval().pipeline.to(accelerator.device), args.placeholder_token[0])
     if history:
         plot_curves(history, Path(args.output_dir) / "curves.png")
     prompt = (args.validation_prompts or [photos[0].caption])[-1]
@@ -1381,20 +1349,32 @@ def save_results(model, history: list[dict], photos: list[Photo], rejected, befo
 
 
 def prepare_run(args: argparse.Namespace) -> Accelerator:
-    """The accelerator, the output folder and a quiet console: from libraries, only errors and progress of downloads.
-    Ends the run with one line where the processes or the device can't do what was asked for."""
+    """The accelerator, writable folders, and a quiet console: from libraries only errors, and bars of downloads."""
     import diffusers
+    import huggingface_hub
     import transformers
-    from huggingface_hub.utils import enable_progress_bars
 
-    diffusers.utils.check_min_version("0.42.1")
     accelerator = Accelerator(
         mixed_precision=args.mixed_precision,
         log_with=None if args.report_to == "none" else args.report_to,
-        project_config=ProjectConfiguration(
-            project_dir=args.output_dir, logging_dir=os.path.join(args.output_dir, args.logging_dir)
-        ),
+        project_config=ProjectConfiguration(args.output_dir, os.path.join(args.output_dir, args.logging_dir)),
+        kwargs_handlers=[
+            InitProcessGroupKwargs(timeout=timedelta(hours=6)),  # one process may generate for longer than another
+            DistributedDataParallelKwargs(gradient_as_bucket_view=True),  # else a second copy of the gradients
+            AutocastKwargs(cache_enabled=False),  # else half copies of all weights stay through a forward pass
+        ],
     )
+    diffusers.utils.check_min_version("0.42.0")
+    console = logging.StreamHandler()  # above a progress bar
+    console.emit = lambda record: tqdm.write(console.format(record).removeprefix("[RANK 0] "), file=sys.stderr)
+    logging.basicConfig(format="%(message)s", level=logging.ERROR, handlers=[console])
+    logger.setLevel(logging.INFO)
+    logging.getLogger("xformers").setLevel(logging.ERROR)  # where it is installed for another torch
+    for library in (transformers, diffusers):
+        library.utils.logging.set_verbosity_error()
+        library.utils.logging.disable_progress_bar()
+    huggingface_hub.utils.enable_progress_bars()  # which the line above switches off: downloads are to be seen
+
     launched = int(os.environ.get("WORLD_SIZE", 1))
     if launched != accelerator.num_processes:  # each would train alone, into the same folder
         fail(
@@ -1405,27 +1385,23 @@ def prepare_run(args: argparse.Namespace) -> Accelerator:
     if accelerator.device.type == "cpu":
         if accelerator.mixed_precision == "fp16":
             fail("--mixed_precision fp16: needs a GPU; take bf16 or no")
-        if args.enable_xformers_memory_efficient_attention:
-            fail("--enable_xformers_memory_efficient_attention: needs a GPU; leave it out")
         # accelerate's launcher leaves a process one thread of a machine without a GPU.
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
         torch.set_num_threads(max(1, cores // accelerator.num_processes))
-    logging.basicConfig(format="%(message)s", level=logging.ERROR)
-    logger.setLevel(logging.INFO)
-    for library in (transformers, diffusers):
-        library.utils.logging.set_verbosity_error()
-        library.utils.logging.disable_progress_bar()
-    enable_progress_bars()  # of downloads, which transformers has silenced with its own
     if args.allow_tf32:
         torch.set_float32_matmul_precision("high")
     set_seed(args.seed)
     for name in ("output_dir", "cache_dir"):
-        with blame(name, getattr(args, name)):
-            Path(getattr(args, name) or ".").mkdir(parents=True, exist_ok=True)
-    if args.push_to_hub and accelerator.is_main_process:  # before training, so that a wrong name or token shows now
+        folder = getattr(args, name)
+        if folder is not None and accelerator.is_main_process:
+            with blame(name, folder):
+                Path(folder).mkdir(parents=True, exist_ok=True)
+                tempfile.TemporaryFile(dir=folder).close()
+    if args.push_to_hub and accelerator.is_main_process:  # so that a wrong name or token shows now
         name = args.hub_model_id or Path(args.output_dir).resolve().name
-        with blame("hub_model_id", name):
+        with blame("push_to_hub", name):
             args.hub_model_id = create_repo(name, exist_ok=True, token=args.hub_token).repo_id
+    accelerator.wait_for_everyone()
     return accelerator
 
 
@@ -1441,11 +1417,16 @@ def split_photos(count: int, args: argparse.Namespace, accelerator: Accelerator)
     return photos_per_step
 
 
-def watch_signals() -> list[str]:
+def watch_signals() -> list[str]:  # twin
     """Names of the signals SIGTERM and SIGINT that came since; a second one ends the process as ever."""
     came = []
+
+    def note(number, frame) -> None:
+        came.append(signal.Signals(number).name)
+        signal.signal(number, signal.SIG_DFL)
+
     for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, lambda n, _: (came.append(signal.Signals(n).name), signal.signal(n, signal.SIG_DFL)))
+        signal.signal(number, note)
     return came
 
 
@@ -1463,12 +1444,10 @@ def main(args: argparse.Namespace) -> None:
         )
     accelerator = prepare_run(args)
     photos = load_photos(args)
+    rejected = find_rejected(photos, args) if args.rejected_data_dir else []
     check_tokens(photos, args)
     photos_per_step = split_photos(len(photos), args, accelerator)
     photos_in_all = photos_per_step * accelerator.num_processes
-    if args.validation_prompts is None:
-        places = ("a photo of {} on a beach", "{} in the snow", "a watercolor painting of {}", "{} wearing a red hat")
-        args.validation_prompts = [p.format(token) for token in (args.placeholder_token or [])[:1] for p in places]
     if args.max_train_steps is None:
         args.max_train_steps = -(-args.num_train_epochs * len(photos) // photos_in_all)
     run = {f"--{name}": value for name, value in sorted(vars(args).items()) if name not in FREE_SETTINGS}
@@ -1476,9 +1455,13 @@ def main(args: argparse.Namespace) -> None:
     run |= {"photos in a step": photos_in_all, "photos and captions of --instance_data_dir": hash_of(hashed)}
     checkpoint = find_checkpoint(args)
     check_resumption(checkpoint, run)
+    first_step = 0 if checkpoint is None else json.loads((checkpoint / "state.json").read_text())["step"]
+    if first_step > args.max_train_steps:
+        fail(f"--max_train_steps {args.max_train_steps}: {checkpoint.name} is beyond it; name more steps")
 
     model, noise_scheduler = load_models(args, accelerator)
-    rejected = load_rejected(0, photos, model, args, accelerator) if args.uses_rejected else []
+    if args.uses_rejected and not rejected:
+        rejected = generate_rejected(0, photos, model, args, accelerator)
     if rejected and accelerator.is_main_process:
         rows = [(p.name, [p.caption] + [p.base_caption] * len(r), [p.image, *r]) for p, r in zip(photos, rejected)]
         save_aside(Path(args.output_dir) / "chosen_rejected.png", make_grid(rows).save)
@@ -1498,14 +1481,13 @@ def main(args: argparse.Namespace) -> None:
     model, optimizer = accelerator.prepare(model, optimizer)
     accelerator.register_for_checkpointing(lr_scheduler)  # not prepared: accelerate would step it once per process
     accelerator.register_for_checkpointing(dataset)
-    first_step = 0
     if checkpoint is not None:
         accelerator.load_state(str(checkpoint))
-        first_step = json.loads((checkpoint / "state.json").read_text())["step"]
         logger.info(f"Resumed from {checkpoint}.")
     if args.report_to != "none":
         accelerator.init_trackers("mapo", config={k: str(v) for k, v in vars(args).items() if k != "hub_token"})
 
+    logger.info(f"First step after {time.perf_counter() - started:.1f} s.")
     log, signals, before = MetricsLog(first_step, checkpoint, args, accelerator), watch_signals(), []
     patience = args.max_nonfinite_steps + (20 if accelerator.scaler else 0)  # fp16 finds its scale by such steps
     for step in range(first_step + 1, args.max_train_steps + 1):
@@ -1518,7 +1500,7 @@ def main(args: argparse.Namespace) -> None:
         lr_scheduler.step()
         stop = log.end_step(step, metrics, lr_scheduler.get_last_lr()[0], photos_in_all, bool(signals))
         if args.refresh_rejected_steps and step % args.refresh_rejected_steps == 0 and step < args.max_train_steps:
-            rejected = load_rejected(step, photos, model, args, accelerator)
+            rejected = generate_rejected(step, photos, model, args, accelerator)
             dataset.encode(rejected, vae, accelerator.device)
         lost = log.skipped_in_a_row >= patience
         if step % args.checkpointing_steps == 0 or stop or lost:
