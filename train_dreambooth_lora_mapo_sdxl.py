@@ -297,7 +297,7 @@ def check_args(parser: argparse.ArgumentParser, args: argparse.Namespace) -> Non
             parser.error(f"--{given} needs --{missing} too")
     for names, flag, given in (
         ("beta_mapo snr_value safeguard refresh_rejected_steps", "--loss_type mapo", args.loss_type == "mapo"),
-        ("rejected_data_dir num_rejected_per_image", "--loss_type mapo", args.uses_rejected),
+        ("rejected_data_dir", "--loss_type mapo", args.uses_rejected),
         ("beta_dco", "--loss_type dco", args.loss_type == "dco"),
         ("prior_loss_weight", "--with_prior_preservation", args.with_prior_preservation),
         ("lr_num_cycles", "--lr_scheduler cosine_with_restarts", args.lr_scheduler == "cosine_with_restarts"),
@@ -1282,6 +1282,7 @@ def save_model_card(prompt: str, images: list[Image.Image], report: str, args: a
 
     base, output_dir = args.pretrained_model_name_or_path, Path(args.output_dir)
     named = {"loss_type", "learning_rate", "max_train_steps", "resolution", "rank", *args.changed}
+    named |= {"beta_mapo"} if args.loss_type == "mapo" else set()
     named -= set("output_dir cache_dir logging_dir resume_from_checkpoint report_to push_to_hub hub_token".split())
     settings = json.dumps({name: getattr(args, name) for name in sorted(named)}, indent=2, ensure_ascii=False)
     usage = write_usage(prompt, args)

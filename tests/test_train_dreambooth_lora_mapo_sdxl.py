@@ -437,11 +437,11 @@ def test_a_byte_order_mark_is_not_part_of_a_caption(captions, script, tmp_path):
 def test_a_very_thin_photo_is_cropped_before_it_is_resized(script, monkeypatch):
     """12.9: 2 x 20000 enlarged to 1024 px in whole would take 30 GB"""
     thin = Image.new("RGB", (2, 20000), "red")
-    thin.paste("blue", (0, 9999, 2, 10001))
+    thin.paste("blue", (0, 9990, 2, 10010))
     pixels, time_ids = script.prepare_image(thin, 1024)
     assert pixels.shape == (3, 1024, 1024) and time_ids[:2] == [20000, 2] and time_ids[4:] == [1024, 1024]
     assert abs(time_ids[2] - 9999 * 512) <= 1 and time_ids[3] == 0
-    assert (pixels.float().mean((1, 2)) - torch.tensor([0.0, 0, 255])).abs().max() < 2
+    assert (pixels == torch.tensor([0, 0, 255])[:, None, None]).all()
 
 
 def test_one_prompt_for_all_photos(script):
@@ -614,6 +614,17 @@ def test_each_loss_is_its_formula_sample_by_sample_in_float64(kind, world, scrip
     assert metrics["loss"].item() == loss.item()
 
 
+def test_the_safeguard_damps_the_losers_gradient_and_no_value(world, script):
+    found = {}
+    for flags in ([], ["--safeguard=0.9"]):
+        args = script.parse_args([*NAMED, *TOKEN, *LOSSES["mapo"], *flags])
+        loss, metrics = script.training_step(world.model, world.batch, world.scheduler, args, world.accelerator)
+        trained = [p for p in world.model.parameters() if p.requires_grad]
+        found[len(flags)] = (loss.item(), metrics["safeguard"].item(), torch.autograd.grad(loss, trained))
+    assert found[0][0] == found[1][0] and found[0][1] == 1 and found[1][1] < 0.5
+    assert any((a - b).abs().max() > 1e-4 * a.abs().max() > 0 for a, b in zip(found[0][2], found[1][2]))
+
+
 def test_with_the_lora_disabled_the_model_is_the_starting_one_bit_for_bit(world, script):
     from diffusers import UNet2DConditionModel
 
@@ -712,7 +723,7 @@ def test_epochs_scaled_rates_and_cycles(train, script, monkeypatch):
     records = read_metrics(train(*flags))
     assert len(records) == 3  # 2 x 5 photos, 4 at a time
     assert [group["initial_lr"] for group in optimizers[0].param_groups] == pytest.approx([4e-4, 4e-5])
-    assert records[0]["learning_rate"] == pytest.approx(4e-4 * (2 / 3) ** 2, rel=1e-3)
+    assert records[0]["learning_rate"] == pytest.approx(4e-4 * (2 / 3) ** 2, rel=1e-2)
 
 
 def test_two_processes_equal_one(train, hub_cache, tmp_path, monkeypatch):
