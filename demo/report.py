@@ -94,6 +94,6 @@ def subject_report(pipeline, placeholder_token: str) -> str:
         )
     kept = [StyleJudge.recognised_share(images[m:], others) for images in (before, after)]
     lines.append(
-        f"{len(others)} other captions, nearest to an emoji of theirs: {kept[0]:.0%} before, {kept[1]:.0%} after"
+        f"{len(others)} other captions, nearest to a drawing of theirs: {kept[0]:.0%} before, {kept[1]:.0%} after"
     )
     return "\n".join(lines)

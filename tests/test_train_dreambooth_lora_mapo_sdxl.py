@@ -217,6 +217,9 @@ def test_a_run_leaves_card_images_curves_and_metrics(train):
     assert {name: tuple(rows.shape) for name, rows in embeds.items()} == {"clip_l": (1, 64), "clip_g": (1, 96)}
     card = (out / "README.md").read_text()
     assert "instance_prompt: " + CONTEXT in card and "load_textual_inversion" in card and '"rank": 4' in card
+    code = re.search("```python\n(.*?)```", card, re.DOTALL)[1].replace("to('cuda')", "to('cpu')")
+    exec(code.replace("float16", "float32").replace("width=64", "width=64, num_inference_steps=1"), ran := {})
+    assert ran["image"].size == (64, 64) and "<cat>" in ran["pipeline"].tokenizer.get_vocab()
     assert Image.open(out / "before_after.png").width > 5 * 128 and (out / "validation" / "2.png").is_file()
     assert list((out / "logs").rglob("events.out*")) and not list(out.glob("tmp-*"))
     records = read_metrics(out)
