@@ -454,10 +454,10 @@ class PersonalizedModel(torch.nn.Module):
     """UNet and text encoders as one module, so that one call of accelerate prepares all that is trained.
 
     Attributes:
-        pipeline: shares them; it makes the embeddings here as it does at inference.
-        fingerprint: hash of the weights that generate the rejected images, before anything was added to them.
-        adapted: the parts that have a LoRA, by their names in the pipeline, whose `disable_lora` gives the starting
+        pipeline: shares them and makes the embeddings as at inference. With its `disable_lora` this is the starting
             model, bit for bit, as long as no caption has a new token.
+        fingerprint: hash of the weights that generate the rejected images, before anything was added to them.
+        adapted: the parts that have a LoRA, by their names in the pipeline.
         tokens: the new rows of both text encoders, or nothing.
     """
 
@@ -1341,7 +1341,7 @@ def save_results(model, history: list[dict], photos: list[Photo], rejected, befo
             token=args.hub_token,
             ignore_patterns=["checkpoint-*", f"{args.logging_dir}/*", "tmp-*"],
         )
-    print(*filter(None, (report, write_usage(prompt, args))), sep="\n\n", end="\n\n")
+    print(*filter(None, (report, write_usage(prompt, args))), sep="\n\n")
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -1095,8 +1095,9 @@ def test_what_a_library_says_ends_in_one_line(flags, message, tmp_path):
     assert last.startswith("train_dreambooth_lora_mapo_sdxl.py: error: ") and message in last
 
 
-def test_downloads_keep_their_progress_bar(script, tmp_path):
-    """12.20"""
+def test_downloads_keep_their_progress_bar_and_no_call_is_linuxs_own(script, tmp_path, monkeypatch):
+    """12.20, 12.12"""
+    monkeypatch.delattr(os, "sched_getaffinity")
     from accelerate.state import AcceleratorState
     from huggingface_hub.utils import are_progress_bars_disabled
 
