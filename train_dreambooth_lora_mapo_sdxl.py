@@ -325,7 +325,7 @@ def check_args(parser: argparse.ArgumentParser, args: argparse.Namespace) -> Non
             parser.error(f"--{flag} {getattr(args, flag)} needs a package: pip install {package}")
     if args.resolution % 8:
         parser.error(f"--resolution {args.resolution}: must be a multiple of 8; try {round(args.resolution / 8) * 8}")
-    if args.lr_warmup_steps > (args.max_train_steps or math.inf) and not args.demo:
+    if args.lr_warmup_steps > (args.max_train_steps or math.inf):
         parser.error(f"--lr_warmup_steps {args.lr_warmup_steps}: more than --max_train_steps {args.max_train_steps}")
 
 
