@@ -1252,47 +1252,40 @@ def convert_to_kohya(layers: dict[str, torch.Tensor], alpha: float) -> dict[str,
     return converted
 
 
-def write_usage(prompt: str, args: argparse.Namespace) -> str:
-    """Code that loads the results and generates an image of `prompt`."""
-    where, tokens = args.hub_model_id or args.output_dir, args.placeholder_token
-    lines = ["import torch", "from diffusers import StableDiffusionXLPipeline"]
-    if tokens and args.hub_model_id:
-        lines.append("from huggingface_hub import hf_hub_download")
-    if tokens:
-        lines.append("from safetensors.torch import load_file")
-    model = repr(args.pretrained_model_name_or_path)
-    lines += ["", f"pipeline = StableDiffusionXLPipeline.from_pretrained({model}, dtype=torch.float16).to('cuda')"]
-    lines.append(f"pipeline.load_lora_weights({where!r})")
-    if tokens:
-        file = f"hf_hub_download({where!r}, 'learned_embeds.safetensors')"
-        lines.append(
-            f"embeds = load_file({file if args.hub_model_id else repr(f'{where}/learned_embeds.safetensors')})"
-        )
-        for key, suffix in (("clip_l", ""), ("clip_g", "_2")):
-            parts = f"text_encoder=pipeline.text_encoder{suffix}, tokenizer=pipeline.tokenizer{suffix}"
-            lines.append(f"pipeline.load_textual_inversion(list(embeds['{key}']), token={tokens}, {parts})")
-    lines.append(f"image = pipeline({prompt!r}, height={args.resolution}, width={args.resolution}).images[0]")
-    return "\n".join(lines)
-
-
-def save_model_card(prompt: str, images: list[Image.Image], report: str, args: argparse.Namespace) -> None:
-    """README.md, with the images of the new contexts for the hub's gallery."""
+def save_model_card(prompt: str, images: list[Image.Image], report: str, args: argparse.Namespace) -> str:
+    """README.md, with the images of the new contexts for the hub's gallery; returns its code, which loads the results
+    and generates an image of the prompt."""
     from diffusers.utils.hub_utils import populate_model_card
     from huggingface_hub import ModelCard, ModelCardData
 
-    base, output_dir = args.pretrained_model_name_or_path, Path(args.output_dir)
+    base, output_dir, tokens = args.pretrained_model_name_or_path, Path(args.output_dir), args.placeholder_token
+    where = args.hub_model_id or args.output_dir
+    usage = ["import torch", "from diffusers import StableDiffusionXLPipeline"]
+    usage += ["from huggingface_hub import hf_hub_download"] if tokens and args.hub_model_id else []
+    usage += ["from safetensors.torch import load_file"] if tokens else []
+    usage += ["", f"pipeline = StableDiffusionXLPipeline.from_pretrained({base!r}, dtype=torch.float16).to('cuda')"]
+    usage += [f"pipeline.load_lora_weights({where!r})"]
+    if tokens:
+        file = f"{f'{where}/learned_embeds.safetensors'!r}"
+        file = f"hf_hub_download({where!r}, 'learned_embeds.safetensors')" if args.hub_model_id else file
+        usage += [f"embeds = load_file({file})"]
+        for key, suffix in (("clip_l", ""), ("clip_g", "_2")):
+            parts = f"text_encoder=pipeline.text_encoder{suffix}, tokenizer=pipeline.tokenizer{suffix}"
+            usage += [f"pipeline.load_textual_inversion(list(embeds['{key}']), token={tokens}, {parts})"]
+    usage += [f"image = pipeline({prompt!r}, height={args.resolution}, width={args.resolution}).images[0]"]
+    usage = "\n".join(usage)
+
     named = {"loss_type", "learning_rate", "max_train_steps", "resolution", "rank", *args.changed}
     named |= {"beta_mapo"} if args.loss_type == "mapo" else set()
     named -= set("output_dir cache_dir logging_dir resume_from_checkpoint report_to push_to_hub hub_token".split())
     settings = json.dumps({name: getattr(args, name) for name in sorted(named)}, indent=2, ensure_ascii=False)
-    usage = write_usage(prompt, args)
     # Longer than any run of backticks in a prompt, which could end the block.
     fence = "`" * (1 + max(map(len, re.findall("`+", f"{usage} {settings} {report}") + ["``"])))
     method = {"mapo": f"MaPO (beta {args.beta_mapo:g})", "dco": f"DCO (beta {args.beta_dco:g})"}
     description = f"""
 # {Path(args.hub_model_id or args.output_dir).resolve().name}
 
-A LoRA of SDXL{" and a new token" if args.placeholder_token else ""}, trained on a few photos with
+A LoRA of SDXL{" and a new token" if tokens else ""}, trained on a few photos with
 [{method.get(args.loss_type, "DreamBooth's loss")}](https://huggingface.co/papers/2406.06424).
 """
     description += f"\n{fence}\n{report}\n{fence}\n" if report else ""
@@ -1311,8 +1304,9 @@ A LoRA of SDXL{" and a new token" if args.placeholder_token else ""}, trained on
         widget=[{"text": text, "output": {"url": f"image_{i}.png"}} for text, i in shown] or None,
     )
     tags = ["stable-diffusion-xl", "text-to-image", "diffusers", "mapo", "lora", "dreambooth"]
-    populate_model_card(card, [*tags, "textual-inversion"] if args.placeholder_token else tags)
+    populate_model_card(card, [*tags, "textual-inversion"] if tokens else tags)
     save_aside(output_dir / "README.md", card.save)
+    return usage
 
 
 def save_results(model, history: list[dict], photos: list[Photo], rejected, before, args, accelerator) -> None:
@@ -1333,7 +1327,7 @@ def save_results(model, history: list[dict], photos: list[Photo], rejected, befo
     if history:
         plot_curves(history, Path(args.output_dir) / "curves.png")
     prompt = (args.validation_prompts or [photos[0].caption])[-1]
-    save_model_card(prompt, images, report, args)
+    usage = save_model_card(prompt, images, report, args)
     if args.push_to_hub:
         upload_folder(
             repo_id=args.hub_model_id,
@@ -1341,7 +1335,7 @@ def save_results(model, history: list[dict], photos: list[Photo], rejected, befo
             token=args.hub_token,
             ignore_patterns=["checkpoint-*", f"{args.logging_dir}/*", "tmp-*"],
         )
-    print(*filter(None, (report, write_usage(prompt, args))), sep="\n\n")
+    print(*filter(None, (report, usage)), sep="\n\n")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -1485,8 +1479,7 @@ def main(args: argparse.Namespace) -> None:
     if checkpoint is not None:
         accelerator.load_state(str(checkpoint))
         logger.info(f"Resumed from {checkpoint}.")
-    if args.report_to != "none":
-        accelerator.init_trackers("mapo", config={k: str(v) for k, v in vars(args).items() if k != "hub_token"})
+    accelerator.init_trackers("mapo", config={k: str(v) for k, v in vars(args).items() if k != "hub_token"})
 
     logger.info(f"First step after {time.perf_counter() - started:.1f} s.")
     log, signals, before = MetricsLog(first_step, checkpoint, args, accelerator), watch_signals(), []
