@@ -347,8 +347,8 @@ def check_files(parser: argparse.ArgumentParser, args: argparse.Namespace) -> No
     read = (args.pretrained_model_name_or_path, args.instance_data_dir, DEMO.parent)
     if output_dir in [Path(source).resolve() for source in read if source is not None]:
         parser.error(f"--output_dir {output_dir}: holds what the run reads; name another folder")
-    if args.resume_from_checkpoint is None and not args.demo:
-        for result in ("checkpoint-*/state.json", "*.safetensors"):
+    if args.resume_from_checkpoint is None:  # the demo may be run again
+        for result in ("checkpoint-*/state.json", "*.safetensors")[: 1 if args.demo else 2]:
             if found := sorted(output_dir.glob(result)):
                 parser.error(
                     f"--output_dir {output_dir}: holds {found[-1].relative_to(output_dir)} of an earlier run; go on "

@@ -1112,3 +1112,14 @@ def test_a_finished_run_shorter_than_a_checkpoint_is_not_overwritten(script, tra
     with pytest.raises(SystemExit):
         script.parse_args([*NAMED, f"--output_dir={out}"])
     assert "safetensors of an earlier run; go on with --resume_from_checkpoint latest" in capsys.readouterr().err
+
+
+def test_results_of_an_earlier_run_stay_but_the_demos_without_checkpoints(script, tmp_path, capsys):
+    (tmp_path / "pytorch_lora_weights.safetensors").touch()
+    assert script.parse_args([f"--output_dir={tmp_path}"]).demo
+    (tmp_path / "checkpoint-2").mkdir()
+    (tmp_path / "checkpoint-2" / "state.json").touch()
+    for flags in ([], NAMED):
+        with pytest.raises(SystemExit):
+            script.parse_args([*flags, f"--output_dir={tmp_path}"])
+        assert "checkpoint-2/state.json of an earlier run; go on with --resume" in capsys.readouterr().err
