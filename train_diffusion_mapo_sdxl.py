@@ -117,33 +117,20 @@ DEMO_SETTINGS = {
     "lr_warmup_steps": 10,
     "max_train_steps": 110,  # the tiny model knows its images by heart: with many more, it forgets them
 }
-# Packages that a choice needs: as it is imported, and where it differs, as pip calls it.
-PACKAGES = {
-    "adamw_8bit": ("bitsandbytes",),
-    "adamw_bf16": ("optimi", "torch-optimi"),
-    "prodigy": ("prodigyopt",),
-    "tensorboard": ("tensorboard",),
-    "wandb": ("wandb",),
-    "trackio": ("trackio",),
-}
+PACKAGES = {"adamw_8bit": "bitsandbytes", "adamw_bf16": "optimi", "prodigy": "prodigyopt", "wandb": "wandb"}
+PACKAGES |= {"tensorboard": "tensorboard", "trackio": "trackio"}
 STATE_BYTES = {"adamw": 8, "adamw_8bit": 2, "adamw_bf16": 6, "adafactor": 0, "prodigy": 16}  # of a weight
 SCHEDULES = ("linear", "cosine", "cosine_with_restarts", "polynomial", "constant", "constant_with_warmup")
 HALF_DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16}
 SHARDED = ("FSDP", "DEEPSPEED")  # where no process holds the whole state
-# A flag, and the one without which it does nothing.
+# Flags that do nothing without another one.
 NEEDS = {
-    "rank": "use_lora",
-    "lora_alpha": "use_lora",
-    "lora_dropout": "use_lora",
-    "lora_layers": "use_lora",
-    "use_dora": "use_lora",
-    "output_kohya_format": "use_lora",
-    "ema_decay": "use_ema",
-    "offload_ema": "use_ema",
-    "activation_memory_budget": "compile",
-    "hub_model_id": "push_to_hub",
-    "label_1_column": "label_0_column",
-    "validation_split_name": "num_validation_pairs",
+    "use_lora": ("rank", "lora_alpha", "lora_dropout", "lora_layers", "use_dora", "output_kohya_format"),
+    "use_ema": ("ema_decay", "offload_ema"),
+    "compile": ("activation_memory_budget",),
+    "push_to_hub": ("hub_model_id",),
+    "label_0_column": ("label_1_column",),
+    "num_validation_pairs": ("validation_split_name",),
 }
 TOGETHER = (
     ("pretrained_model_name_or_path", "dataset_name"),
@@ -320,8 +307,10 @@ def check_args(parser: argparse.ArgumentParser, args: argparse.Namespace) -> Non
     for name in args.changed:
         if getattr(args, name) == "":
             parser.error(f"--{name}: is empty")
-        if name in NEEDS and not getattr(args, NEEDS[name]) and not (args.demo and name in DEMO_SETTINGS):
-            parser.error(f"--{name} needs --{NEEDS[name]} too")
+    for needed, names in NEEDS.items():
+        for name in sorted({*names} & {*args.changed} - {*(DEMO_SETTINGS if args.demo else ())}):
+            if not getattr(args, needed):
+                parser.error(f"--{name} needs --{needed} too")
     for together in TOGETHER:
         missing = [name for name in together if getattr(args, name) is None]
         if 0 < len(missing) < len(together):
@@ -343,8 +332,9 @@ def check_args(parser: argparse.ArgumentParser, args: argparse.Namespace) -> Non
             parser.error(f"{flags} exclude each other")
     for flag in ("optimizer", "report_to"):
         package = PACKAGES.get(getattr(args, flag))
-        if package is not None and importlib.util.find_spec(package[0]) is None:
-            parser.error(f"--{flag} {getattr(args, flag)} needs a package: pip install {package[-1]}")
+        if package is not None and importlib.util.find_spec(package) is None:
+            package = package.replace("optimi", "torch-optimi")
+            parser.error(f"--{flag} {getattr(args, flag)} needs a package: pip install {package}")
     if args.resolution % 8:
         parser.error(f"--resolution {args.resolution}: must be a multiple of 8; try {round(args.resolution / 8) * 8}")
     if args.lr_warmup_steps > (args.max_train_steps or math.inf) and not args.demo:
@@ -362,7 +352,7 @@ def check_files(parser: argparse.ArgumentParser, args: argparse.Namespace) -> No
         except (OSError, UnicodeDecodeError) as error:
             parser.error(f"--validation_prompts {prompts[0]}: {error}")
         args.validation_prompts = prompts = [line.strip() for line in lines if line.strip()]
-    if prompts is not None and not all(prompts and [prompt.strip() for prompt in prompts]):
+    if prompts is not None and not (prompts and all(prompt.strip() for prompt in prompts)):
         parser.error("--validation_prompts: a prompt is empty")
     output_dir = Path(args.output_dir).resolve()
     for name in ("pretrained_model_name_or_path", "pretrained_vae_model_name_or_path", "dataset_name"):
@@ -418,13 +408,18 @@ def known_errors_end_in_one_line():  # twin
 
 def load_unet(args: argparse.Namespace, accelerator: Accelerator) -> tuple:
     """The UNet, on the CPU, and the noise scheduler, whose prediction type decides what the UNet learns to predict."""
-    from diffusers import DDPMScheduler, UNet2DConditionModel
+    from diffusers import DDPMScheduler, DiffusionPipeline, UNet2DConditionModel
+    from diffusers.training_utils import cast_training_params
+    from peft import LoraConfig
 
     name, hub = args.pretrained_model_name_or_path, {"revision": args.revision, "cache_dir": args.cache_dir}
     dtype = torch.bfloat16 if args.optimizer == "adamw_bf16" else torch.float32
     if args.use_lora:  # the frozen weights may be as short as the computation
         dtype = HALF_DTYPES.get(accelerator.mixed_precision, torch.float32)
     with blame("pretrained_model_name_or_path", name):
+        index = DiffusionPipeline.load_config(name, **hub)
+        if None in index.get("text_encoder", [None]) or "text_encoder_2" not in index:
+            raise ValueError(f"a {index['_class_name']}; name an SDXL base model")
         noise_scheduler = DDPMScheduler.from_pretrained(name, subfolder="scheduler", **hub)
         channels = UNet2DConditionModel.load_config(name, subfolder="unet", **hub)["in_channels"]
         if channels != 4:
@@ -433,13 +428,22 @@ def load_unet(args: argparse.Namespace, accelerator: Accelerator) -> tuple:
             raise ValueError(f"it predicts {noise_scheduler.config.prediction_type}; needs epsilon or v_prediction")
         unet = UNet2DConditionModel.from_pretrained(name, subfolder="unet", variant=args.variant, dtype=dtype, **hub)
     if args.use_lora:
-        add_lora(unet, args)
+        layers = [layer.strip() for layer in args.lora_layers.split(",")]
+        with blame("lora_layers", args.lora_layers):
+            for layer in layers:  # peft passes over a name that fits nothing, where another one fits
+                if not any(f".{name}".endswith(f".{layer}") for name, _ in unet.named_modules() if layer):
+                    raise ValueError(f"the UNet has no layer {layer!r}")
+            options = {"lora_dropout": args.lora_dropout, "use_dora": args.use_dora, "init_lora_weights": "gaussian"}
+            alpha = args.lora_alpha or args.rank
+            unet.requires_grad_(False)
+            unet.add_adapter(LoraConfig(r=args.rank, target_modules=layers, lora_alpha=alpha, **options))
+        cast_training_params(unet, dtype=torch.float32)
         if accelerator.distributed_type not in SHARDED:  # their checkpoints hold the whole UNet
             keep_lora_only(accelerator)
     if args.gradient_checkpointing:
         unet.enable_gradient_checkpointing()
     if args.enable_xformers_memory_efficient_attention:
-        with blame("enable_xformers_memory_efficient_attention", ""):
+        with blame("enable_xformers_memory_efficient_attention", "can't be had"):
             unet.enable_xformers_memory_efficient_attention()
     if args.compile:
         if args.activation_memory_budget is not None:
@@ -448,32 +452,9 @@ def load_unet(args: argparse.Namespace, accelerator: Accelerator) -> tuple:
     return unet.train(), noise_scheduler
 
 
-def add_lora(unet, args: argparse.Namespace) -> None:
-    """Freezes the UNet and adds a LoRA in fp32."""
-    from diffusers.training_utils import cast_training_params
-    from peft import LoraConfig
-
-    layers = [layer.strip() for layer in args.lora_layers.split(",")]
-    with blame("lora_layers", args.lora_layers):
-        for layer in layers:  # peft passes over a name that fits nothing, where another one fits
-            if not any(f".{name}".endswith(f".{layer}") for name, _ in unet.named_modules() if layer):
-                raise ValueError(f"the UNet has no layer {layer!r}")
-        config = LoraConfig(
-            r=args.rank,
-            lora_alpha=args.lora_alpha or args.rank,
-            lora_dropout=args.lora_dropout,
-            init_lora_weights="gaussian",
-            target_modules=layers,
-            use_dora=args.use_dora,
-        )
-        unet.requires_grad_(False)
-        unet.add_adapter(config)
-    cast_training_params(unet, dtype=torch.float32)
-
-
 def load_pipeline(args: argparse.Namespace, weight_dtype: torch.dtype):
     """SDXL's pipeline without its UNet, on the CPU: it encodes images and captions, and generates at validation."""
-    from diffusers import AutoencoderKL, DiffusionPipeline, StableDiffusionXLPipeline
+    from diffusers import AutoencoderKL, StableDiffusionXLPipeline
 
     name, vae_name = args.pretrained_model_name_or_path, args.pretrained_vae_model_name_or_path
     hub = {"revision": args.revision, "cache_dir": args.cache_dir}
@@ -482,9 +463,6 @@ def load_pipeline(args: argparse.Namespace, weight_dtype: torch.dtype):
         with blame("pretrained_vae_model_name_or_path", vae_name):
             components["vae"] = AutoencoderKL.from_pretrained(vae_name, cache_dir=args.cache_dir, dtype=torch.float32)
     with blame("pretrained_model_name_or_path", name):
-        index = DiffusionPipeline.load_config(name, **hub)
-        if None in index.get("text_encoder", [None]) or "text_encoder_2" not in index:
-            raise ValueError(f"a {index['_class_name']}; name an SDXL base model")
         pipeline = StableDiffusionXLPipeline.from_pretrained(
             name, variant=args.variant, dtype=weight_dtype, add_watermarker=False, **hub, **components
         )
@@ -524,18 +502,17 @@ READERS = {
 def find_columns(args: argparse.Namespace, names: list[str]) -> tuple:
     """Caption, images 0 and 1, labels 0 and 1 (or None): the columns that flags name, else those of a layout."""
     where = f"--dataset_name {args.dataset_name}: "
-    if args.chosen_column or args.image_0_column:
-        caption = args.caption_column or next((c for c in ("caption", "prompt", "text") if c in names), "caption")
-        images = (args.chosen_column or args.image_0_column, args.rejected_column or args.image_1_column)
-        columns = (caption, *images, args.label_0_column, args.label_1_column)
-    else:
-        known = [layout for layout in LAYOUTS if {name for name in layout if name} <= set(names)]
-        if not known:
-            fail(
-                f"{where}its columns ({', '.join(names)}) are those of no known data set: name --caption_column and "
-                "either --chosen_column, --rejected_column or --image_0_column, --image_1_column, --label_0_column"
-            )
-        columns = (args.caption_column or known[0][0], *known[0][1:])
+    images = (args.chosen_column or args.image_0_column, args.rejected_column or args.image_1_column)
+    caption = next((c for c in ("caption", "prompt", "text") if c in names), "caption")
+    layouts = [layout for layout in LAYOUTS if {name for name in layout if name} <= set(names)]
+    if images[0] is not None:
+        layouts = [(caption, *images, args.label_0_column, args.label_1_column)]
+    if not layouts:
+        fail(
+            f"{where}its columns ({', '.join(names)}) are those of no known data set: name --caption_column and "
+            "either --chosen_column, --rejected_column or --image_0_column, --image_1_column, --label_0_column"
+        )
+    columns = (args.caption_column or layouts[0][0], *layouts[0][1:])
     if columns[1] == columns[2]:
         fail(f"{where}column {columns[1]} is named as both images")
     if missing := [name for name in columns if name is not None and name not in names]:
@@ -546,15 +523,8 @@ def find_columns(args: argparse.Namespace, names: list[str]) -> tuple:
 class PreferencePairs:
     """The rows of a table whose label decides.
 
-    Args:
-        dataset: rows as `datasets` has them, images not decoded.
-        chunk: number of this part of a stream, whose rows have no numbers; None of a whole table.
-
-    Attributes:
-        captions: caption of each pair. (N,)
-        rows: row of each pair in `dataset`. (N,)
-        chosen_first: whether image 0 is the chosen one. (N,)
-        counts: rows, and those left out, by reason.
+    `dataset` has the rows, images not decoded; `chunk` is the number of this part of a stream. Of each pair there are
+    its `captions`, its `rows` in the data set, `chosen_first` (image 0 is the chosen one), Shape: (N,).
     """
 
     def __init__(self, dataset, args: argparse.Namespace, chunk: int | None = None) -> None:
@@ -563,14 +533,10 @@ class PreferencePairs:
         preference = np.ones(size)  # for image 0: 1, 0, a tie at 0.5, or NaN, unlabelled
         if label_0 is not None:
             preference = read_labels(dataset, label_0)
-            if label_1 is None and ((preference < 0) | (preference > 1)).any():
-                value = preference[(preference < 0) | (preference > 1)][0]
-                fail(
-                    f"--label_0_column {label_0}: {value:g}; alone it's a preference from 0 to 1, see --label_1_column"
-                )
+            if label_1 is None and (wrong := preference[(preference < 0) | (preference > 1)]).size:
+                fail(f"--label_0_column {label_0}: {wrong[0]:g}; alone it must be from 0 to 1, see --label_1_column")
             other = 1 - preference if label_1 is None else read_labels(dataset, label_1)
-            sign = np.sign(preference - other)  # NaN where one of them is
-            preference = (sign + 1) / 2
+            preference = (np.sign(preference - other) + 1) / 2  # NaN where one of them is
         if "has_label" in dataset.column_names:
             preference[~(read_labels(dataset, "has_label") > 0)] = math.nan
         tied, unlabelled = preference == 0.5, np.isnan(preference)
@@ -652,23 +618,20 @@ def load_dataset(args: argparse.Namespace, split: str) -> tuple:
 
 def list_image_folders(path: Path) -> list[dict[str, str]]:
     """`w/NAME.*`, `l/NAME.*`, `NAME.txt` -> one row per name. Other files are passed over."""
-    sides = {"w": {}, "l": {}}
-    for side, files in sides.items():
-        for file in sorted((path / side).glob("[!.]*")):
-            if file.suffix.lower() not in Image.registered_extensions():
-                continue
-            if file.stem in files:
-                raise ValueError(f"{file} and {files[file.stem]} have one name")
-            files[file.stem] = str(file)
+    images = {}
+    for file in sorted([*path.glob("w/[!.]*"), *path.glob("l/[!.]*")]):
+        if file.suffix.lower() in Image.registered_extensions():
+            key = (file.stem, file.parent.name)
+            if key in images:
+                raise ValueError(f"{file} and {images[key]} have one name")
+            images[key] = str(file)
     rows = []
-    for name in sorted(sides["w"].keys() | sides["l"].keys()):
-        for where, found in (("w/", name in sides["w"]), ("l/", name in sides["l"])):
-            if not found:
-                raise ValueError(f"no image {where}{name} to go with the other one")
+    for name in sorted({name for name, _ in images}):
+        for side in "wl":
+            if (name, side) not in images:
+                raise ValueError(f"no image {side}/{name} to go with the other one")
         caption = (path / f"{name}.txt").read_text(encoding="utf-8-sig").strip()
-        rows.append({"caption": caption, "chosen": sides["w"][name], "rejected": sides["l"][name]})
-    if not rows:
-        raise ValueError(f"no image in {path / 'w'}")
+        rows.append({"caption": caption, "chosen": images[name, "w"], "rejected": images[name, "l"]})
     return rows
 
 
@@ -846,9 +809,7 @@ def encode_pairs(source: Source, count: int, vae, folder: Path, args, accelerato
     the second one mirrored, else 1. Every process does its part."""
     count, main = min(count, source.length or count), accelerator.is_main_process
     index = None
-    if (
-        source.fingerprint is not None
-    ):  # what a run like this one found; the main process looks, as it may come just now
+    if source.fingerprint is not None:  # what a run like this one found; one process looks, as it may come just now
         index = folder / f"index-{hash_of(source.fingerprint, count)}.json"
         (known,) = broadcast_object_list([json.loads(index.read_text()) if main and index.exists() else None])
         if known is not None:
@@ -880,7 +841,8 @@ def encode_pairs(source: Source, count: int, vae, folder: Path, args, accelerato
             latents = encode_pixels(torch.stack([pixels for views in prepared.values() for pixels, _ in views]), vae)
             for (key, views), encoded in zip(prepared.items(), latents.split(len(flips))):
                 time_ids = torch.tensor([ids for _, ids in views], dtype=torch.float32)
-                save_entry(folder, key, {"latents": encoded.half(), "time_ids": time_ids})
+                if not entry_path(folder, key).exists():  # another pair may have it; rounding depends on the batch
+                    save_entry(folder, key, {"latents": encoded.half(), "time_ids": time_ids})
         found.append((place, None if isinstance(pair, ValueError) else pair))
     found = [pair for _, pair in sorted(gather_object(found))]
     pairs = [Pair(*pair) for pair in found if pair is not None]
@@ -895,31 +857,26 @@ def encode_pairs(source: Source, count: int, vae, folder: Path, args, accelerato
 
 
 @torch.no_grad()
-def embed_captions(captions: list[str], pipeline, device: torch.device) -> dict[str, torch.Tensor]:
-    """`prompt_embeds`, Shape: (B, L, D), and `pooled_prompt_embeds`, (B, P), fp32; zeros for an empty caption where
-    the pipeline has them at inference."""
-    embeds, _, pooled, _ = pipeline.encode_prompt(captions, device=device, do_classifier_free_guidance=False)
-    if pipeline.config.force_zeros_for_empty_prompt:
-        kept = torch.tensor([caption != "" for caption in captions], device=device)
-        embeds, pooled = embeds * kept[:, None, None], pooled * kept[:, None]
-    return {"prompt_embeds": embeds.float(), "pooled_prompt_embeds": pooled.float()}
-
-
 def encode_captions(captions: set[str], pipeline, args, accelerator: Accelerator) -> Path:
-    """The folder of a cache with what `embed_captions` returns for each caption, in fp16."""
+    """The folder of a cache with, for each caption, `prompt_embeds`, Shape: (L, D), and `pooled_prompt_embeds`, (P,),
+    fp16; zeros for the empty caption where the pipeline has them at inference."""
     words = [sorted(tokenizer.get_vocab().items()) for tokenizer in (pipeline.tokenizer, pipeline.tokenizer_2)]
     zeros = pipeline.config.force_zeros_for_empty_prompt
     name = f"captions-{hash_of(pipeline.text_encoder, pipeline.text_encoder_2, words, zeros)}"
     folder = cached_assets_path("mapo", name, assets_dir=args.cache_dir)
     chunks = [sorted(captions)[first : first + 64] for first in range(0, len(captions), 64)]
     mine = chunks[accelerator.process_index :: accelerator.num_processes]
-    for chunk in tqdm(mine, desc="Captions", disable=not mine or not accelerator.is_main_process):
-        keys = [hash_of(caption) for caption in chunk]
-        if all(entry_path(folder, key).exists() for key in keys):
+    for chunk in tqdm(mine, desc="Captions", disable=not accelerator.is_main_process):
+        if all(entry_path(folder, hash_of(caption)).exists() for caption in chunk):
             continue
-        embedded = embed_captions(chunk, pipeline, accelerator.device)  # whole chunks: rounding depends on their size
-        for row, key in enumerate(keys):
-            save_entry(folder, key, {name: value[row].half() for name, value in embedded.items()})
+        # The whole chunk: rounding depends on its size.
+        embeds, _, pooled, _ = pipeline.encode_prompt(
+            chunk, device=accelerator.device, do_classifier_free_guidance=False
+        )
+        for caption, embed, pool in zip(chunk, embeds, pooled):
+            kept = 0.0 if zeros and caption == "" else 1.0
+            row = {"prompt_embeds": (embed * kept).half(), "pooled_prompt_embeds": (pool * kept).half()}
+            save_entry(folder, hash_of(caption), row)
     accelerator.wait_for_everyone()
     return folder
 
@@ -1140,13 +1097,6 @@ def prepare_training(unet, checkpoint: Path | None, args: argparse.Namespace, ac
     return Training(unet, optimizer, lr_scheduler, ema)
 
 
-def update_ema(ema, unet, args: argparse.Namespace, accelerator: Accelerator) -> None:
-    ema.to(accelerator.device)
-    ema.step(trainable(unet, accelerator))
-    if args.offload_ema:
-        ema.to("cpu")
-
-
 def clip_gradients(unet, args: argparse.Namespace, accelerator: Accelerator) -> torch.Tensor:  # twin
     """Norm of the whole gradient before it is clipped, the same in every process."""
     norm = accelerator.clip_grad_norm_(unet.parameters(), args.max_grad_norm)
@@ -1315,7 +1265,13 @@ class MetricsLog:
         record |= {"skipped": int(skipped), "pairs_per_second": pairs / (now - self.clock)}
         self.write(record | {"peak_memory_gb": peak_memory_gb(self.accelerator.device)})
         self.bar.update(1)
-        self.warn_of_saturation()
+        weights = [r["margin_weight"] for r in self.history[-120:] if r.get("margin_weight") is not None][-100:]
+        if not self.warned and len(weights) == 100 and sum(weights) / 100 < 0.01:
+            self.warned, beta = True, self.args.beta_mapo
+            logger.info(
+                f"--beta_mapo {beta:g}: over 100 steps the margin's gradient was below 1 % of the SFT term's, so this "
+                f"is plain fine-tuning on chosen images. Try --beta_mapo {max(beta / 8, 1):g}, unless that is wanted."
+            )
         return stop > 0
 
     def write(self, record: dict[str, float]) -> None:
@@ -1332,15 +1288,6 @@ class MetricsLog:
         self.bar.set_postfix(self.shown)
         self.clock = time.perf_counter()
 
-    def warn_of_saturation(self) -> None:
-        weights = [r["margin_weight"] for r in self.history[-120:] if r.get("margin_weight") is not None][-100:]
-        if not self.warned and len(weights) == 100 and sum(weights) / 100 < 0.01:
-            self.warned, beta = True, self.args.beta_mapo
-            logger.info(
-                f"--beta_mapo {beta:g}: over 100 steps the margin's gradient was below 1 % of the SFT term's, so this "
-                f"is plain fine-tuning on chosen images. Try --beta_mapo {max(beta / 8, 1):g}, unless that is wanted."
-            )
-
 
 def plot_curves(history: list[dict], path: Path) -> None:
     """The curves by which a run is judged, with those of the held-out pairs where there are any."""
@@ -1351,28 +1298,20 @@ def plot_curves(history: list[dict], path: Path) -> None:
     from matplotlib.ticker import MaxNLocator
 
     figure, axes = plt.subplots(2, 3, figsize=(14, 6), layout="constrained")
-    curves = {
-        "loss": "loss (eq. 5)",
-        "margin": "margin: score_w - score_l",
-        "accuracy": "implicit accuracy: fraction with mse_w < mse_l",
-        "margin_weight": "weight of the margin term (SFT term = 1)",
-        "mse_w": "mse_w: error on chosen images",
-        "mse_l": "mse_l: error on rejected images",
-    }
-    for axis, (name, title) in zip(axes.flat, curves.items()):
-        steps, values = np.array([(r["step"], r[name]) for r in history if r.get(name) is not None] or [(0, 0)]).T
-        window = max(1, len(steps) // 20)
-        axis.plot(steps, values, color="tab:blue", alpha=0.3 if window > 1 else 1, linewidth=0.8)
-        if window > 1:
-            smooth = np.convolve(values, np.ones(window) / window, mode="valid")
-            axis.plot(steps[window - 1 :], smooth, color="tab:blue", label=f"training, mean of {window} steps")
-        held_out = [(r["step"], r[f"val_{name}"]) for r in history if r.get(f"val_{name}") is not None]
-        if held_out:
-            axis.plot(*zip(*held_out), color="tab:orange", marker=".", label="held-out pairs")
-        if axis.get_legend_handles_labels()[0]:
-            axis.legend()
-        axis.set(title=title, xlabel="step")
+    for axis, name in zip(axes.flat, ("loss", "margin", "accuracy", "margin_weight", "mse_w", "mse_l")):
+        axis.set(title=name, xlabel="step")
         axis.xaxis.set_major_locator(MaxNLocator(integer=True))
+        for key, label, color in ((name, "training", "tab:blue"), (f"val_{name}", "held-out pairs", "tab:orange")):
+            points = [(record["step"], record[key]) for record in history if record.get(key) is not None]
+            if not points:
+                continue
+            steps, values = np.array(points).T
+            window = max(1, len(steps) // 20)
+            if window > 1:
+                axis.plot(steps, values, color=color, alpha=0.3, linewidth=0.8)
+                values, label = np.convolve(values, np.ones(window) / window, "valid"), f"{label}, mean of {window}"
+            axis.plot(steps[window - 1 :], values, color=color, label=label)
+    axes.flat[1].legend()
     save_aside(path, lambda path: figure.savefig(path, dpi=100))
     plt.close(figure)
 
@@ -1422,8 +1361,9 @@ def warn_of_lost_likelihood(history: list[dict], args: argparse.Namespace) -> No
     good = [p for p in list_checkpoints(Path(args.output_dir)) if int(p.name.split("-")[1]) <= measured[-2][0]]
     logger.warning(
         f"Step {risen[0]}: the error on held-out chosen images rose from {measured[0][1]:.4g} to "
-        f"{measured[-1][1]:.4g}: the winner's likelihood falls, and images may be ruined. Try --safeguard 0.8, a lower "
-        f"--learning_rate or a larger --beta_mapo. {f'{good[-1]} is' if good else 'No checkpoint is'} from before that."
+        f"{measured[-1][1]:.4g}: the winner's likelihood falls, and images may be ruined. Try --safeguard 0.8, a "
+        "lower --learning_rate or a larger --beta_mapo. "
+        f"{good[-1] if good else 'No checkpoint'} is from before that."
     )
 
 
@@ -1526,10 +1466,6 @@ def show_images(step: int, training, data: Data, pipeline, before: list, args, a
             tracker.log_images({"before_after": np.array(grid)[None]}, step, dataformats="NHWC")
         elif tracker.name == "wandb":
             tracker.log_images({"before_after": [grid]}, step)
-        else:
-            import trackio
-
-            tracker.log({"before_after": trackio.Image(grid)}, step)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -1597,25 +1533,20 @@ def save_pipeline(state: dict[str, torch.Tensor], args: argparse.Namespace) -> N
     aside.rmdir()
 
 
-def load_result(args: argparse.Namespace):
-    """The tuned pipeline, as a user loads it."""
-    from diffusers import StableDiffusionXLPipeline
-
-    if not args.use_lora:
-        return StableDiffusionXLPipeline.from_pretrained(args.output_dir, add_watermarker=False)
-    pipeline = StableDiffusionXLPipeline.from_pretrained(args.pretrained_model_name_or_path, add_watermarker=False)
-    pipeline.load_lora_weights(args.output_dir, weight_name="pytorch_lora_weights.safetensors")
-    return pipeline
-
-
 def save_results(prompts: list[str], history: list[dict], args: argparse.Namespace) -> None:
     """Curves, the demo's report and the model card; and all of the output folder on the hub."""
     plot_curves(history, Path(args.output_dir) / "curves.png")
     report = ""
     if args.demo and not args.skip_final_inference:
+        from diffusers import StableDiffusionXLPipeline
+
         from demo.report import preference_report
 
-        report = preference_report(load_result(args))
+        base = args.pretrained_model_name_or_path if args.use_lora else args.output_dir
+        pipeline = StableDiffusionXLPipeline.from_pretrained(base, add_watermarker=False)
+        if args.use_lora:
+            pipeline.load_lora_weights(args.output_dir, weight_name="pytorch_lora_weights.safetensors")
+        report = preference_report(pipeline)
         print(report)
     save_model_card(prompts, report, args)
     if args.push_to_hub:
@@ -1705,16 +1636,15 @@ def prepare_run(args: argparse.Namespace) -> Accelerator:  # twin
     )
     diffusers.utils.check_min_version("0.42.0")
     console = logging.StreamHandler()
-    console.emit = lambda record: tqdm.write(
-        console.format(record).removeprefix("[RANK 0] "), file=sys.stderr
-    )  # above a progress bar
+    # Above a progress bar, and without the "[RANK 0] " that accelerate puts before each line.
+    console.emit = lambda record: tqdm.write(console.format(record).removeprefix("[RANK 0] "), file=sys.stderr)
     logging.basicConfig(format="%(message)s", level=logging.ERROR, handlers=[console])
     logger.setLevel(logging.INFO)
     logging.getLogger("xformers").setLevel(logging.ERROR)  # where it is installed for another torch
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
     huggingface_hub.utils.enable_progress_bars()  # which the line above switches off: downloads are to be seen
-    diffusers.utils.logging.set_verbosity_error()
+    diffusers.utils.logging.set_verbosity(logging.CRITICAL)  # what it logs as an error is raised too
     diffusers.utils.logging.disable_progress_bar()
 
     launched = int(os.environ.get("WORLD_SIZE", 1))
@@ -1797,7 +1727,9 @@ def train(first_step, training, data, noise_scheduler, pipeline, run, before, lo
         step += 1
         lr_scheduler.step()
         if ema is not None and not skip:
-            update_ema(ema, unet, args, accelerator)
+            ema.to(accelerator.device)
+            ema.step(trainable(unet, accelerator))
+            ema.to("cpu" if args.offload_ema else accelerator.device)
         stop = log.end_step(step, grad_norm, lr_scheduler.get_last_lr()[0], bool(signals))
         validate = step % args.validation_steps == 0 or step == args.max_train_steps
         if data.held_out and validate:
