@@ -27,6 +27,7 @@ flash kernel. Not counted: CUDA's context and libraries, workspaces of convoluti
 import argparse
 import contextlib
 import gc
+import json
 import tempfile
 import weakref
 from types import SimpleNamespace
@@ -34,7 +35,7 @@ from unittest import mock
 
 import torch
 import torch.nn.functional as F
-from step_variant import CASES, load_config, make_meta_batch, no_noise, random_weights, script
+from step_variant import CASES, HERE, load_config, make_meta_batch, no_noise, random_weights, script
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map_only
 
@@ -43,6 +44,7 @@ SDXL = CASES["sdxl-1024"]["folder"]
 META = torch.device("meta")
 CARDS = (16, 24, 40, 80)  # GB
 ROOM = 1.0  # GB
+RESULTS = HERE / "results" / "memory.json"
 CHECKPOINTING, LORA, FULL_8BIT = "--gradient_checkpointing", "--use_lora", "--use_8bit_adam"
 DDP = "DDP"  # no flag of the script: several processes
 ROWS = {
@@ -274,7 +276,10 @@ def parse_args(input_args: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--resolution", type=int, default=1024)
     parser.add_argument("--only", nargs="+", help="Rows by a part of the name.")
+    parser.add_argument("--save", action="store_true", help="Into results/memory.json, which gpu_acceptance.py reads.")
     args = parser.parse_args(input_args)
+    if args.save and (args.only or args.resolution != 1024):
+        parser.error("--save is for the whole table at 1024 px")
     if args.resolution < 8 or args.resolution % 8:
         parser.error(f"--resolution {args.resolution}: must be a multiple of 8")
     args.rows = [name for name in ROWS if args.only is None or any(part in name for part in args.only)]
@@ -283,6 +288,12 @@ def parse_args(input_args: list[str] | None = None) -> argparse.Namespace:
     return args
 
 
+def main(args: argparse.Namespace) -> None:
+    encoding, rows = count(args.rows, args.resolution)
+    print(make_table(encoding, rows))
+    if args.save:
+        RESULTS.write_text(json.dumps({"encoding": encoding, "rows": rows}, indent=1) + "\n")
+
+
 if __name__ == "__main__":
-    arguments = parse_args()
-    print(make_table(*count(arguments.rows, arguments.resolution)))
+    main(parse_args())

@@ -220,6 +220,7 @@ def parse_args(input_args: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--device", choices=["cpu", "cuda"], help="Default: cuda, where there is one.")
     parser.add_argument("--cases", nargs="+", choices=cases, help="Default: SDXL on a GPU, else the demo model.")
     parser.add_argument("--only", nargs="+", help="Rows by number, from 0, or by a part of the name.")
+    parser.add_argument("--exactly", nargs="+", help="Rows by their whole names, in this order.")
     parser.add_argument("--seconds", type=float, help="Steps of each row are timed for so long; default 8, GPU: 4.")
     parser.add_argument("--budget_s", type=float, default=510, help="No row is begun that can't end by then.")
     parser.add_argument("--row_limit_s", type=float, default=120, help="The longest that one row may take.")
@@ -254,6 +255,10 @@ def parse_args(input_args: list[str] | None = None) -> argparse.Namespace:
 
 def choose_rows(parser: argparse.ArgumentParser, args: argparse.Namespace) -> list[dict]:
     rows = list_rows(args.cases, args.device)
+    if args.exactly is not None:
+        if unknown := set(args.exactly) - {r["name"] for r in rows}:
+            parser.error(f"--exactly {unknown.pop()}: no such row")
+        return sorted((r for r in rows if r["name"] in args.exactly), key=lambda r: args.exactly.index(r["name"]))
     if args.only is None:
         return rows
     chosen = [r for i, r in enumerate(rows) if any(o == str(i) or o in r["name"] for o in args.only)]
