@@ -302,9 +302,7 @@ def do_resume(entry: dict, folder: Path, args: argparse.Namespace, deadline: flo
     whole, broken = folder / "whole", folder / "broken"
     Run(make_command(entry, whole, args), whole, deadline).finish()
     Run(make_command(entry, broken, args, *saving), broken, deadline).kill_at(3)
-    Run(
-        make_command(entry, broken, args, *saving, "--resume_from_checkpoint=latest"), broken, deadline
-    ).finish()
+    Run(make_command(entry, broken, args, *saving, "--resume_from_checkpoint=latest"), broken, deadline).finish()
     expected, found = read_result(entry, whole), read_result(entry, broken)
     different = [name for name in expected if not expected[name].equal(found[name])]
     if different or expected.keys() != found.keys():
@@ -325,7 +323,9 @@ def do_step_cost(entry: dict, folder: Path, args: argparse.Namespace, deadline: 
     if missing := [name for name in STEP_ROWS[:3] if rows[name]["status"] != "ok"]:
         raise Failure(f"{missing[0]}: {rows[missing[0]]['status']}")
     best, authors, dpo = rows[STEP_ROWS[0]], rows[STEP_ROWS[1]], rows[STEP_ROWS[2]]
-    fast = max((row for row in (best, rows[STEP_ROWS[3]]) if row["status"] == "ok"), key=lambda r: r["pairs_per_second"])
+    fast = max(
+        (row for row in (best, rows[STEP_ROWS[3]]) if row["status"] == "ok"), key=lambda r: r["pairs_per_second"]
+    )
     speed = fast["pairs_per_second"]
     measured = {
         "against the authors' way (2)": speed / authors["pairs_per_second"],
