@@ -173,7 +173,7 @@ class RandomPairs(script.EncodedPairs):
             for name in ("prompt_embeds", "pooled_prompt_embeds")
         }
         script.save_entry(folder, script.hash_of(CAPTION), embeddings)
-        pairs = [script.Pair(w, l, CAPTION) for w, l in zip(keys[::2], keys[1::2])]
+        pairs = [script.Pair(*two, CAPTION) for two in zip(keys[::2], keys[1::2])]
         super().__init__(pairs, folder, folder, seed=args.seed, flip=0, drop=0)
         self.variant, self.resolution, self.file = variant, args.resolution, make_jpeg(args.resolution)
 

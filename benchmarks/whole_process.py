@@ -87,15 +87,12 @@ def run_timed(path: Path, save: Path, flags: list[str]) -> None:
 
     watch = Stopwatch()
     watch.spent = {"launcher": entered - started, "imports and accelerator": time.perf_counter() - before}
-    owners = {
-        name: getattr(script, name) for name in ("EncodedPairs", "Accelerator", "MetricsLog") if hasattr(script, name)
-    }
+    owners = {name: getattr(script, name, None) for name in ("EncodedPairs", "Accelerator", "MetricsLog")}
     owners["AcceleratedOptimizer"] = AcceleratedOptimizer
     for phase, names in PHASES.items():
         for name in names:
             *owner, function = name.split(".")
-            if not owner or owner[0] in owners:
-                watch.wrap(owners[owner[0]] if owner else script, function, phase)
+            watch.wrap(owners[owner[0]] if owner else script, function, phase)
     args = script.parse_args(flags)
     script.main(args)
     total = time.time() - started
