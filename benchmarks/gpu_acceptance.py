@@ -64,6 +64,7 @@ def line(name: str, *flags: str, script: str = PAIRS, **options) -> dict:
     Args:
         memory: the row of memory.py that counts it.
         needs_gpu: a CPU can't do it.
+        kind: run, or resume: the run twice, once killed and resumed.
         steps: updates of the run.
     """
     return {"name": name, "flags": list(flags), "script": script, "kind": "run", "steps": 4, **options}
@@ -189,9 +190,8 @@ def make_command(entry: dict, out: Path, args: argparse.Namespace, *more: str) -
     else:
         flags += [f"--instance_data_dir={args.work_dir / 'photos'}", "--placeholder_token=<fox>"]
         flags += ["--initializer_token=fox", "--num_rejected_per_image=1", "--num_inference_steps=4"]
-    kept = [flag for flag in entry["flags"] if args.device == "cuda" or flag != BF16 or entry["kind"] != "resume"]
     start = ["-c", DETERMINISTIC] if entry["kind"] == "resume" else []
-    return [sys.executable, *start, str(REPO / entry["script"]), *flags, *kept, *more]
+    return [sys.executable, *start, str(REPO / entry["script"]), *flags, *entry["flags"], *more]
 
 
 class Run:
@@ -412,8 +412,13 @@ def main(args: argparse.Namespace) -> None:
         folder.mkdir(parents=True, exist_ok=True)
     prepare(args)
     path = args.output_dir / "acceptance.json"
-    known = json.loads(path.read_text())["lines"] if path.exists() and args.only is None else []
-    done = {entry["name"]: entry for entry in known if not entry["status"].startswith("not run: the time")}
+    known = json.loads(path.read_text())["lines"] if path.exists() else []
+    anew = [entry["name"] for entry in args.lines] if args.only is not None else []
+    done = {
+        entry["name"]: entry
+        for entry in known
+        if entry["name"] not in anew and not entry["status"].startswith("not run: the time")
+    }
     from step_variant import describe_machine
 
     results = {"date": str(datetime.date.today()), **describe_machine(args.device)}
@@ -424,7 +429,7 @@ def main(args: argparse.Namespace) -> None:
             else:
                 done[entry["name"]] = entry | {"status": "not run: the time was used up"}
             print(f"{entry['name']}: {done[entry['name']]['status']}", flush=True)
-        results["lines"] = [done[e["name"]] for e in args.lines if e["name"] in done]
+        results["lines"] = [done[e["name"]] for e in list_lines() if e["name"] in done]
         text = json.dumps(results, indent=1) + "\n"
         save_aside(path, lambda aside: aside.write_text(text))
         save_aside(args.output_dir / "acceptance.md", lambda aside: aside.write_text(make_table(results)))
