@@ -1,4 +1,4 @@
-"""What memory.py counts: against bytes added up by hand, against the targets of the design, and what is known of CUDA."""
+"""What memory.py counts: against bytes added up by hand, the targets of the design, and what is known of CUDA."""
 
 import sys
 from pathlib import Path
