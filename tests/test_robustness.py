@@ -417,7 +417,9 @@ def test_bad_input_ends_in_one_line(fault, hub_cache, tmp_path, monkeypatch, cap
 
     import train_diffusion_mapo_sdxl as script
 
-    if not fault.startswith(("image", "a stream of ties", "model", "VAE", "LoRA")):  # the others are met while models are loaded
+    if not fault.startswith(
+        ("image", "a stream of ties", "model", "VAE", "LoRA")
+    ):  # the others are met while models are loaded
         for name in ("load_pipeline", "load_unet"):
             monkeypatch.setattr(script, name, lambda *_: pytest.fail("a model was loaded"))
     AcceleratorState._reset_state(reset_partial_state=True)
