@@ -662,7 +662,7 @@ def open_source(args: argparse.Namespace, split: str, limit: int | None = None) 
             fail(f"--dataset_name {args.dataset_name}: no row can be used ({describe(table.counts)})")
         length = min(len(table), limit or len(table))
         order = np.random.default_rng((args.seed, 0)).permutation(length).tolist()
-        return Source(iter([(table, i) for i in order]), length, table.counts, fingerprint)
+        return Source(((table, i) for i in order), length, table.counts, fingerprint)
 
     counts = Counter()
 
@@ -709,7 +709,7 @@ def decode_image(file: bytes | str | Path | Image.Image) -> Image.Image:  # twin
     return image.convert("RGB")
 
 
-def prepare_image(  # twin
+def prepare_image(
     image: Image.Image, resolution: int, crop: np.ndarray = np.full(2, 0.5), flip: bool = False
 ) -> tuple[torch.Tensor, list[int]]:
     """Resizes the shorter side to `resolution`, crops at a fraction of the room there is (0.5: the centre), mirrors.
@@ -750,11 +750,11 @@ def hash_of(*parts) -> str:  # twin
     return digest.hexdigest()[:24]
 
 
-def entry_path(folder: Path, key: str) -> Path:  # twin
+def entry_path(folder: Path, key: str) -> Path:
     return folder / key[:2] / f"{key}.safetensors"
 
 
-def save_entry(folder: Path, key: str, tensors: dict[str, torch.Tensor]) -> None:  # twin
+def save_entry(folder: Path, key: str, tensors: dict[str, torch.Tensor]) -> None:
     """Each entry of a cache has its file, so that processes and runs that fill it at once don't meet."""
     path = entry_path(folder, key)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -763,7 +763,7 @@ def save_entry(folder: Path, key: str, tensors: dict[str, torch.Tensor]) -> None
     os.replace(aside, path)
 
 
-def warn_of_room(folder: Path, needed: float, what: str) -> None:  # twin
+def warn_of_room(folder: Path, needed: float, what: str) -> None:
     free = shutil.disk_usage(folder).free
     if free < needed:
         logger.warning(f"{what} may take {needed / 1e9:.1f} GB, but {folder} has {free / 1e9:.1f} GB left.")
@@ -857,9 +857,18 @@ def encode_pairs(source: Source, count: int, vae, folder: Path, args, accelerato
 
 
 @torch.no_grad()
+def embed_captions(captions: list[str], pipeline, device: torch.device) -> dict[str, torch.Tensor]:
+    """`prompt_embeds`, Shape: (B, L, D), and `pooled_prompt_embeds`, (B, P), fp32; zeros for an empty caption where
+    the pipeline has them at inference."""
+    embeds, _, pooled, _ = pipeline.encode_prompt(captions, device=device, do_classifier_free_guidance=False)
+    if pipeline.config.force_zeros_for_empty_prompt:
+        kept = torch.tensor([caption != "" for caption in captions], device=device)
+        embeds, pooled = embeds * kept[:, None, None], pooled * kept[:, None]
+    return {"prompt_embeds": embeds.float(), "pooled_prompt_embeds": pooled.float()}
+
+
 def encode_captions(captions: set[str], pipeline, args, accelerator: Accelerator) -> Path:
-    """The folder of a cache with, for each caption, `prompt_embeds`, Shape: (L, D), and `pooled_prompt_embeds`, (P,),
-    fp16; zeros for the empty caption where the pipeline has them at inference."""
+    """The folder of a cache with what `embed_captions` returns for each caption, in fp16."""
     words = [sorted(tokenizer.get_vocab().items()) for tokenizer in (pipeline.tokenizer, pipeline.tokenizer_2)]
     zeros = pipeline.config.force_zeros_for_empty_prompt
     name = f"captions-{hash_of(pipeline.text_encoder, pipeline.text_encoder_2, words, zeros)}"
@@ -869,14 +878,9 @@ def encode_captions(captions: set[str], pipeline, args, accelerator: Accelerator
     for chunk in tqdm(mine, desc="Captions", disable=not accelerator.is_main_process):
         if all(entry_path(folder, hash_of(caption)).exists() for caption in chunk):
             continue
-        # The whole chunk: rounding depends on its size.
-        embeds, _, pooled, _ = pipeline.encode_prompt(
-            chunk, device=accelerator.device, do_classifier_free_guidance=False
-        )
-        for caption, embed, pool in zip(chunk, embeds, pooled):
-            kept = 0.0 if zeros and caption == "" else 1.0
-            row = {"prompt_embeds": (embed * kept).half(), "pooled_prompt_embeds": (pool * kept).half()}
-            save_entry(folder, hash_of(caption), row)
+        embedded = embed_captions(chunk, pipeline, accelerator.device)  # whole chunks: rounding depends on their size
+        for row, caption in enumerate(chunk):
+            save_entry(folder, hash_of(caption), {name: value[row].half() for name, value in embedded.items()})
     accelerator.wait_for_everyone()
     return folder
 
@@ -1097,7 +1101,13 @@ def prepare_training(unet, checkpoint: Path | None, args: argparse.Namespace, ac
     return Training(unet, optimizer, lr_scheduler, ema)
 
 
-def clip_gradients(unet, args: argparse.Namespace, accelerator: Accelerator) -> torch.Tensor:  # twin
+def update_ema(ema, unet, args: argparse.Namespace, accelerator: Accelerator) -> None:
+    ema.to(accelerator.device)
+    ema.step(trainable(unet, accelerator))
+    ema.to("cpu" if args.offload_ema else accelerator.device)
+
+
+def clip_gradients(unet, args: argparse.Namespace, accelerator: Accelerator) -> torch.Tensor:
     """Norm of the whole gradient before it is clipped, the same in every process."""
     norm = accelerator.clip_grad_norm_(unet.parameters(), args.max_grad_norm)
     if hasattr(norm, "full_tensor"):  # of FSDP2
@@ -1105,12 +1115,12 @@ def clip_gradients(unet, args: argparse.Namespace, accelerator: Accelerator) -> 
     return torch.as_tensor(norm, device=accelerator.device)  # DeepSpeed has clipped, stepped and returns a number
 
 
-def unwrap(model, accelerator: Accelerator):  # twin
+def unwrap(model, accelerator: Accelerator):
     model = accelerator.unwrap_model(model)
     return model._orig_mod if hasattr(model, "_orig_mod") else model
 
 
-def trainable(model, accelerator: Accelerator) -> list[torch.nn.Parameter]:  # twin
+def trainable(model, accelerator: Accelerator) -> list[torch.nn.Parameter]:
     return [parameter for parameter in unwrap(model, accelerator).parameters() if parameter.requires_grad]
 
 
@@ -1147,7 +1157,7 @@ def find_checkpoint(args: argparse.Namespace) -> Path | None:  # twin
     return checkpoints[-1] if checkpoints else None
 
 
-def describe_run(args: argparse.Namespace, accelerator: Accelerator) -> dict:  # twin
+def describe_run(args: argparse.Namespace, accelerator: Accelerator) -> dict:
     """What must not change when a run goes on."""
     run = {f"--{name}": value for name, value in sorted(vars(args).items()) if name not in FREE_SETTINGS}
     run["pairs in a step"] = pairs_per_step(args, accelerator)
@@ -1213,7 +1223,7 @@ def save_aside(path: Path, save) -> None:  # twin
     os.replace(aside, path)
 
 
-def peak_memory_gb(device: torch.device) -> float:  # twin
+def peak_memory_gb(device: torch.device) -> float:
     """Peak of the device's allocations, or of the process on a CPU, in GB; NaN on Windows, which doesn't say."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 1e9
@@ -1334,6 +1344,7 @@ def averaged(training: Training, accelerator: Accelerator):
 
 
 @torch.no_grad()
+@torch.compiler.set_stance("force_eager")  # not worth compiling for
 def measure_held_out(unet, dataset: EncodedPairs, noise_scheduler, args, accelerator: Accelerator) -> dict:
     """Means over the held-out pairs, whose noise and timesteps are the same each time."""
     count, size = len(dataset.pairs), args.train_batch_size
@@ -1617,7 +1628,7 @@ What differs from the script's defaults:
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def prepare_run(args: argparse.Namespace) -> Accelerator:  # twin
+def prepare_run(args: argparse.Namespace) -> Accelerator:
     """The accelerator, writable folders, and a quiet console: from libraries only errors, and bars of downloads."""
     import diffusers
     import huggingface_hub
@@ -1671,7 +1682,7 @@ def prepare_run(args: argparse.Namespace) -> Accelerator:  # twin
     return accelerator
 
 
-def prepare_sharding(args: argparse.Namespace, accelerator: Accelerator) -> None:  # twin
+def prepare_sharding(args: argparse.Namespace, accelerator: Accelerator) -> None:
     """Tells FSDP2 and DeepSpeed what accelerate's configuration doesn't."""
     if accelerator.distributed_type == "DEEPSPEED":
         config = accelerator.state.deepspeed_plugin.deepspeed_config
@@ -1727,9 +1738,7 @@ def train(first_step, training, data, noise_scheduler, pipeline, run, before, lo
         step += 1
         lr_scheduler.step()
         if ema is not None and not skip:
-            ema.to(accelerator.device)
-            ema.step(trainable(unet, accelerator))
-            ema.to("cpu" if args.offload_ema else accelerator.device)
+            update_ema(ema, unet, args, accelerator)
         stop = log.end_step(step, grad_norm, lr_scheduler.get_last_lr()[0], bool(signals))
         validate = step % args.validation_steps == 0 or step == args.max_train_steps
         if data.held_out and validate:

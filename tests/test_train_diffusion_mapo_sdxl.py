@@ -1280,3 +1280,37 @@ def test_a_slice_of_a_single_file(hub_cache, tmp_path):
     assert len(load(script, path, hub_cache, "--dataset_split_name=other")) == 8
     with pytest.raises(SystemExit, match='Unknown split "a"'):
         load(script, path, hub_cache, "--dataset_split_name=a+b")
+
+
+def test_large_images_are_encoded_one_at_a_time_without_the_text_encoders():
+    """SDXL's VAE takes 2.7 GB for an image of 1024 px."""
+    import train_diffusion_mapo_sdxl as script
+
+    vae = script.load_pipeline(script.parse_args([]), torch.float32).vae
+    sizes = []
+    vae.encoder.register_forward_pre_hook(lambda module, inputs: sizes.append(len(inputs[0])))
+    pixels = torch.randint(256, (2, 3, 768, 768), dtype=torch.uint8)
+    together = script.encode_pixels(pixels, vae)
+    assert sizes == [1, 1] and together.shape == (2, 4, 192, 192)
+    torch.testing.assert_close(together[1:], script.encode_pixels(pixels[1:], vae))
+
+
+def test_little_room_is_said(tmp_path, caplog):
+    import train_diffusion_mapo_sdxl as script
+
+    single_process()
+    with caplog.at_level("INFO", logger="train_diffusion_mapo_sdxl"):
+        script.warn_of_room(tmp_path, 1, "Latents")
+        script.warn_of_room(tmp_path, 3.08e16, "A checkpoint")
+    (said,) = [record.getMessage() for record in caplog.records]
+    assert f"A checkpoint may take 30800000.0 GB, but {tmp_path} has" in said
+
+
+def test_help_says_what_each_flag_does(capsys):
+    import train_diffusion_mapo_sdxl as script
+
+    with pytest.raises(SystemExit):
+        script.parse_args(["--help"])
+    said = " ".join(capsys.readouterr().out.split())
+    assert "--lora_dropout" in said and "With it, the result depends on the number of processes. Default: 0.0." in said
+    assert "Keep only the newest checkpoints, this many. Default: 2." in said
