@@ -402,7 +402,7 @@ def parse_args(input_args: list[str] | None = None) -> argparse.Namespace:
     if not args.lines:
         parser.error(f"--only {' '.join(args.only)}: no such line; see `list_lines`")
     args.output_dir, args.work_dir = args.output_dir.resolve(), args.work_dir.resolve()
-    args.counted = json.loads((HERE / "results" / "memory.json").read_text())
+    args.counted = json.loads((HERE / "results" / "memory.json").read_text()) if args.device == "cuda" else None
     return args
 
 
