@@ -265,10 +265,10 @@ def load_prompts(source: str, column: str | None = None, split: str = "train") -
 
 def open_image(value, root: Path, where: str) -> Image.Image:
     """RGB, upright, transparency on white, as training sees it."""
-    from train_diffusion_mapo_sdxl import decode_picture
+    from train_diffusion_mapo_sdxl import decode_image
 
     try:
-        return decode_picture(file_bytes(value, root))
+        return decode_image(file_bytes(value, root))
     except Exception as error:
         fail(f"{where}: no readable image ({error}): mend it or remove the row")
 
@@ -287,11 +287,9 @@ def load_pairs(source: str, flag: str, split: str = "train"):
     """
     import train_diffusion_mapo_sdxl as training
 
-    settings = training.parse_args(
-        ["--pretrained_model_name_or_path=none", f"--dataset_name={source}", f"--dataset_split_name={split}"]
-    )
+    settings = training.parse_args(["--pretrained_model_name_or_path=none", f"--dataset_name={source}"])
     try:
-        pairs = training.PreferencePairs(training.load_dataset(settings), settings)
+        pairs = training.PreferencePairs(training.load_dataset(settings, split)[0], settings)
     except SystemExit as stop:  # its line names a flag of the training script
         fail(stop.code.partition("error: ")[2].replace("--dataset_name", flag))
     if len(pairs) == 0:
@@ -302,7 +300,7 @@ def load_pairs(source: str, flag: str, split: str = "train"):
 
 def open_pair(pairs, i: int, flag: str) -> tuple[Image.Image, Image.Image]:
     try:
-        return pairs.pictures(i)
+        return pairs.images(i)
     except ValueError as error:
         fail(f"{str(error).splitlines()[0].replace('--dataset_name', flag)}: mend it or remove the row")
 

@@ -882,7 +882,7 @@ def test_mismatch_is_measured_and_placed_between_the_papers_tasks(tmp_path, dino
     pairs = common.load_pairs(TEST_PAIRS, "--tasks", "test")
     for row in rows:
         generated = Image.open(tmp_path / f"images/style/{row['row']:06d}.png")
-        a, b = metric.embed_images([generated, pairs.pictures(row["row"])[0]]).double().numpy()
+        a, b = metric.embed_images([generated, pairs.images(row["row"])[0]]).double().numpy()
         assert row["cos"] == pytest.approx(a @ b, abs=1e-5)
     assert len(rows) == 3 and result["similarity"] == pytest.approx(np.mean([row["cos"] for row in rows]))
     before = (tmp_path / "style.similarities.jsonl").read_bytes()

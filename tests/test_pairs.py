@@ -59,7 +59,7 @@ def train_two_steps(data: Path, out: Path) -> str:
             "--train_batch_size=2",
             "--resolution=64",
             "--learning_rate=1e-3",
-            "--validation_inference_steps=2",
+            "--validation_num_inference_steps=2",
             "--validation_prompts",
             "rocket",
             f"--output_dir={out}",

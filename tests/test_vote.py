@@ -198,7 +198,7 @@ def test_a_taste_is_voted_for_by_keys_and_written(server, browser, tmp_path):
     pairs = load_pairs(str(tmp_path / "taste"), "--pairs")  # as the training scripts read it
     assert len(pairs) == 15
     for i in range(15):
-        chosen, rejected = pairs.pictures(i)
+        chosen, rejected = pairs.images(i)
         assert chosen.getpixel((0, 0)) > rejected.getpixel((0, 0))
 
 
