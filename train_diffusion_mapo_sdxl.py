@@ -1543,7 +1543,7 @@ def save_results(prompts: list[str], history: list[dict], args: argparse.Namespa
         from demo.report import preference_report
 
         base = args.pretrained_model_name_or_path if args.use_lora else args.output_dir
-        pipeline = StableDiffusionXLPipeline.from_pretrained(base, add_watermarker=False)
+        pipeline = StableDiffusionXLPipeline.from_pretrained(base, dtype=torch.float32, add_watermarker=False)
         if args.use_lora:
             pipeline.load_lora_weights(args.output_dir, weight_name="pytorch_lora_weights.safetensors")
         report = preference_report(pipeline)
