@@ -29,12 +29,14 @@ import io
 import json
 import math
 import os
+import re
 import shutil
 import signal
 import subprocess
 import sys
 import tempfile
 import time
+from collections import Counter
 from pathlib import Path
 
 from step_report import save_aside
@@ -149,7 +151,7 @@ def build_data(folder: Path, side: int) -> None:
     pq.write_table(pa.Table.from_pylist(rows), folder / "pairs" / "train.parquet")
     for i in range(4):
         (folder / "photos" / f"{i}.jpg").write_bytes(image())
-        (folder / "photos" / f"{i}.txt").write_text("a photo of <fox> in the snow")
+        (folder / "photos" / f"{i}.txt").write_text("a photo of a <cat> in the snow")
 
 
 def prepare(args: argparse.Namespace) -> None:
@@ -188,8 +190,8 @@ def make_command(entry: dict, out: Path, args: argparse.Namespace, *more: str) -
         flags += [f"--dataset_name={args.work_dir / 'pairs'}", "--validation_num_inference_steps=4"]
         flags += [] if LORA in entry["flags"] else ["--save_dtype=fp16"]
     else:
-        flags += [f"--instance_data_dir={args.work_dir / 'photos'}", "--placeholder_token=<fox>"]
-        flags += ["--initializer_token=fox", "--num_rejected_per_image=1", "--num_inference_steps=4"]
+        flags += [f"--instance_data_dir={args.work_dir / 'photos'}", "--placeholder_token=<cat>"]
+        flags += ["--initializer_token=cat", "--num_rejected_per_image=1", "--num_inference_steps=4"]
     start = ["-c", DETERMINISTIC] if entry["kind"] == "resume" else []
     return [sys.executable, *start, str(REPO / entry["script"]), *flags, *entry["flags"], *more]
 
@@ -213,9 +215,8 @@ class Run:
     def finish(self) -> None:
         try:
             code = self.process.wait(max(1.0, self.deadline - time.time()))
-        except subprocess.TimeoutExpired:
-            self.kill()
-            raise
+        finally:
+            self.kill()  # with its workers, also where this process is told to stop
         if code != 0:
             lines = self.log.read_text(errors="replace").strip().splitlines()
             raise Failure(f"ended with {code}: {lines[-1] if lines else ''}"[:300])
@@ -368,8 +369,9 @@ def do_line(entry: dict, args: argparse.Namespace, deadline: float) -> dict:
 
 def make_table(results: dict) -> str:
     versions = ", ".join(f"{name} {version}" for name, version in results["versions"].items())
-    passed = sum(entry["status"] == "pass" for entry in results["lines"])
-    text = [f"{results['date']}, {results['machine']}; {versions}. {passed} of {len(results['lines'])} pass.", ""]
+    counts = Counter(re.match("pass|FAIL|not run", entry["status"])[0] for entry in results["lines"])
+    verdict = ", ".join(f"{counts[status]} {status}" for status in ("pass", "FAIL", "not run"))
+    text = [f"{results['date']}, {results['machine']}; {versions}. {verdict}.", ""]
     text += ["| line | result | s | peak GB | counted | pairs/s |", "|---|---|---:|---:|---:|---:|"]
     for entry in results["lines"]:
         cells = [entry["name"], entry["status"].replace("|", "/") + (f": {entry['note']}" if "note" in entry else "")]
@@ -408,6 +410,7 @@ def parse_args(input_args: list[str] | None = None) -> argparse.Namespace:
 
 def main(args: argparse.Namespace) -> None:
     end = time.time() + args.budget_s
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit("stopped"))  # so that no process is left behind
     for folder in (args.output_dir, args.work_dir):
         folder.mkdir(parents=True, exist_ok=True)
     prepare(args)
