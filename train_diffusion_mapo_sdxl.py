@@ -121,8 +121,6 @@ PACKAGES = {"adamw_8bit": "bitsandbytes", "adamw_bf16": "optimi", "prodigy": "pr
 PACKAGES |= {"tensorboard": "tensorboard", "trackio": "trackio"}
 STATE_BYTES = {"adamw": 8, "adamw_8bit": 2, "adamw_bf16": 6, "adafactor": 0, "prodigy": 16}  # of a weight
 SCHEDULES = ("linear", "cosine", "cosine_with_restarts", "polynomial", "constant", "constant_with_warmup")
-HALF_DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16}
-SHARDED = ("FSDP", "DEEPSPEED")  # where no process holds the whole state
 # Flags that do nothing without another one.
 NEEDS = {
     "use_lora": ("rank", "lora_alpha", "lora_dropout", "lora_layers", "use_dora", "output_kohya_format"),
@@ -136,15 +134,6 @@ TOGETHER = (
     ("pretrained_model_name_or_path", "dataset_name"),
     ("chosen_column", "rejected_column"),
     ("image_0_column", "image_1_column", "label_0_column"),
-)
-# What may change when a run goes on from a checkpoint. The data may move: whether the pairs are the same is looked at.
-FREE_SETTINGS = frozenset(
-    "output_dir cache_dir logging_dir dataset_name image_root dataloader_num_workers demo changed max_train_steps "
-    "num_train_epochs max_nonfinite_steps train_batch_size gradient_accumulation_steps gradient_checkpointing compile "
-    "activation_memory_budget allow_tf32 enable_xformers_memory_efficient_attention output_kohya_format save_dtype "
-    "checkpointing_steps checkpoints_total_limit resume_from_checkpoint validation_prompts num_validation_images "
-    "validation_steps validation_guidance_scale validation_num_inference_steps skip_final_inference report_to "
-    "push_to_hub hub_model_id hub_token use_8bit_adam skip_unreadable offload_ema".split()
 )
 
 
@@ -360,13 +349,22 @@ def check_files(parser: argparse.ArgumentParser, args: argparse.Namespace) -> No
             parser.error(f"--output_dir {output_dir}: is --{name} too; name another folder")
     if output_dir == DEMO.parent:
         parser.error(f"--output_dir {output_dir}: holds this script; name another folder")
-    if args.resume_from_checkpoint is None and not args.demo:
-        for result in ("checkpoint-*/state.json", "unet", "*.safetensors"):
+    if args.resume_from_checkpoint is None:  # the demo may be run again
+        for result in ("checkpoint-*/state.json", "unet", "*.safetensors")[: 1 if args.demo else 3]:
             if found := sorted(output_dir.glob(result)):
                 parser.error(
                     f"--output_dir {output_dir}: holds {found[-1].relative_to(output_dir)} of an earlier run; go on "
                     "with --resume_from_checkpoint latest, or name another folder"
                 )
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Models
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+HALF_DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16}
+SHARDED = ("FSDP", "DEEPSPEED")  # where no process holds the whole state
 
 
 def fail(message: str) -> None:  # twin
@@ -384,26 +382,6 @@ def blame(flag: str, value: str):  # twin
             error = error.__cause__
         cause = next(iter(str(error).strip().splitlines()), type(error).__name__)
         fail(f"--{flag} {value}: {cause}")
-
-
-@contextlib.contextmanager
-def known_errors_end_in_one_line():  # twin
-    try:
-        yield
-    except KeyboardInterrupt:
-        fail(
-            "interrupted; the same command goes on with what is encoded, --resume_from_checkpoint latest with the rest"
-        )
-    except (OSError, SafetensorError) as error:
-        fail(
-            f"{str(error).strip().splitlines()[0]}; where the disk of --output_dir or --cache_dir is full, make room, "
-            "then go on with --resume_from_checkpoint latest"
-        )
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Models
-# ---------------------------------------------------------------------------------------------------------------------
 
 
 def load_unet(args: argparse.Namespace, accelerator: Accelerator) -> tuple:
@@ -1157,6 +1135,17 @@ def find_checkpoint(args: argparse.Namespace) -> Path | None:  # twin
     return checkpoints[-1] if checkpoints else None
 
 
+# What may change when a run goes on from a checkpoint. The data may move: whether the pairs are the same is looked at.
+FREE_SETTINGS = frozenset(
+    "output_dir cache_dir logging_dir dataset_name image_root dataloader_num_workers demo changed max_train_steps "
+    "num_train_epochs max_nonfinite_steps train_batch_size gradient_accumulation_steps gradient_checkpointing compile "
+    "activation_memory_budget allow_tf32 enable_xformers_memory_efficient_attention output_kohya_format save_dtype "
+    "checkpointing_steps checkpoints_total_limit resume_from_checkpoint validation_prompts num_validation_images "
+    "validation_steps validation_guidance_scale validation_num_inference_steps skip_final_inference report_to "
+    "push_to_hub hub_model_id hub_token use_8bit_adam skip_unreadable offload_ema".split()
+)
+
+
 def describe_run(args: argparse.Namespace, accelerator: Accelerator) -> dict:
     """What must not change when a run goes on."""
     run = {f"--{name}": value for name, value in sorted(vars(args).items()) if name not in FREE_SETTINGS}
@@ -1554,7 +1543,7 @@ def save_results(prompts: list[str], history: list[dict], args: argparse.Namespa
         from demo.report import preference_report
 
         base = args.pretrained_model_name_or_path if args.use_lora else args.output_dir
-        pipeline = StableDiffusionXLPipeline.from_pretrained(base, add_watermarker=False)
+        pipeline = StableDiffusionXLPipeline.from_pretrained(base, dtype=torch.float32, add_watermarker=False)
         if args.use_lora:
             pipeline.load_lora_weights(args.output_dir, weight_name="pytorch_lora_weights.safetensors")
         report = preference_report(pipeline)
@@ -1762,6 +1751,21 @@ def train(first_step, training, data, noise_scheduler, pipeline, run, before, lo
         if args.validation_prompts and validate and step < args.max_train_steps:
             show_images(step, training, data, pipeline, before, args, accelerator)
     return True
+
+
+@contextlib.contextmanager
+def known_errors_end_in_one_line():  # twin
+    try:
+        yield
+    except KeyboardInterrupt:
+        fail(
+            "interrupted; the same command goes on with what is encoded, --resume_from_checkpoint latest with the rest"
+        )
+    except (OSError, SafetensorError) as error:
+        fail(
+            f"{str(error).strip().splitlines()[0]}; where the disk of --output_dir or --cache_dir is full, make room, "
+            "then go on with --resume_from_checkpoint latest"
+        )
 
 
 @known_errors_end_in_one_line()
