@@ -14,7 +14,7 @@
 """
 Counts what training SDXL takes of a GPU's memory, without a GPU:
 
-    python benchmarks/memory.py                    # the table; a minute or two
+    python benchmarks/memory.py                    # the table; some 4 minutes of an idle core
     python benchmarks/memory.py --resolution 512 --only LoRA
 
 The script's own functions run on the meta device, whose tensors have shapes but no data. Every storage that they make
@@ -28,6 +28,7 @@ import argparse
 import contextlib
 import gc
 import json
+import sys
 import tempfile
 import weakref
 from types import SimpleNamespace
@@ -259,6 +260,7 @@ def count(names: list[str], resolution: int) -> tuple[dict[str, float], dict[str
     for name in names:
         rows[name] = count_training(ROWS[name], resolution)
         rows[name]["peak"] = max(*encoding.values(), rows[name]["training"], rows[name]["images"])
+        print(f"{name}: {rows[name]['peak']:.1f} GB", file=sys.stderr, flush=True)
     return encoding, rows
 
 

@@ -36,6 +36,7 @@ def test_every_line_is_one_that_its_script_takes(acceptance, tmp_path):
 
     import memory
 
+    (tmp_path / "photos").mkdir()
     args = mock.Mock(model="m", work_dir=tmp_path, resolution=1024, seed=0)
     for line in acceptance.list_lines():
         if line["kind"] == "step_cost":
