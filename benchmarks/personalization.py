@@ -37,6 +37,7 @@ from pathlib import Path
 REPO = Path(__file__).resolve().parents[1]
 LOSSES = {
     "MaPO": ["--loss_type=mapo"],
+    "MaPO, prior preservation": ["--with_prior_preservation", "--prior_loss_weight=1"],
     "DCO": ["--loss_type=dco"],
     "DreamBooth": ["--loss_type=dreambooth"],
     "DreamBooth, prior preservation": ["--loss_type=dreambooth", "--with_prior_preservation"],

@@ -40,7 +40,8 @@ from whole_process import SCRIPT, make_table, profile
 
 HERE = Path(__file__).resolve().parent
 # As the authors' script is run for the paper: 8-bit AdamW, checkpointing, everything encoded in every step, eager.
-AUTHORS = ("--use_8bit_adam", "--gradient_checkpointing", "--no-cache_latents")
+AUTHORS = ("--use_8bit_adam", "--gradient_checkpointing")
+ENCODING = {"encode_images": True, "encode_captions": True}
 CHECKPOINTING, LORA, EIGHT_BIT = "--gradient_checkpointing", "--use_lora", "--use_8bit_adam"
 
 
@@ -55,19 +56,18 @@ def row(name: str, *flags: str, **options) -> dict:
 
 def list_cpu_rows() -> list[dict]:
     """For the demo model; every branch that needs no GPU."""
-    one_thread = {"encode_captions": True, "threads": 1}
     return [
         row("MaPO"),
-        row("MaPO, the authors' way", *AUTHORS, encode_captions=True),
-        row("MaPO, the authors' way, 1 thread (accelerate's launcher)", *AUTHORS, **one_thread),
-        row("MaPO, encoding each step, AdamW, no checkpointing", "--no-cache_latents", encode_captions=True),
+        row("MaPO, the authors' way", *AUTHORS, **ENCODING),
+        row("MaPO, the authors' way, 1 thread (accelerate's launcher)", *AUTHORS, **ENCODING, threads=1),
+        row("MaPO, encoding each step, AdamW, no checkpointing", **ENCODING),
         row("Diffusion-DPO", method="dpo"),
-        row("Diffusion-DPO as commonly run", *AUTHORS, method="dpo", encode_captions=True),
+        row("Diffusion-DPO as commonly run", *AUTHORS, **ENCODING, method="dpo"),
         row("SFT", method="sft"),
         row("MaPO LoRA", LORA),
         row("Diffusion-DPO LoRA", LORA, method="dpo"),
         row("SFT LoRA", LORA, method="sft"),
-        row("MaPO, pictures not cached", "--no-cache_latents"),
+        row("MaPO, images not cached", encode_images=True),
         row("MaPO, checkpointing", CHECKPOINTING),
         row("MaPO, channels last", channels_last=True),
         row("MaPO, text keys once per pair", keys_once=True),
@@ -83,13 +83,13 @@ def list_cpu_rows() -> list[dict]:
 
 
 def list_gpu_rows() -> list[dict]:
-    """For SDXL. Where pictures are encoded in the step, 8 workers decode them: that is not what is compared."""
+    """For SDXL. Where images are encoded in the step, 8 workers decode them: that is not what is compared."""
     authors = (*AUTHORS, "--dataloader_num_workers=8")
     most = {"largest_batch": True}
     return [
         row("MaPO, checkpointing", CHECKPOINTING, **most),
-        row("MaPO, the authors' way", *authors, encode_captions=True, **most),
-        row("Diffusion-DPO as commonly run", *authors, method="dpo", encode_captions=True, **most),
+        row("MaPO, the authors' way", *authors, **ENCODING, **most),
+        row("Diffusion-DPO as commonly run", *authors, **ENCODING, method="dpo", **most),
         row("MaPO"),
         row("MaPO, compiled", "--compile"),
         row("MaPO, compiled, half of the activations", "--compile", "--activation_memory_budget=0.5", EIGHT_BIT),
@@ -109,7 +109,7 @@ def list_gpu_rows() -> list[dict]:
         row("MaPO, checkpointing, cuDNN attention", CHECKPOINTING, attention="cudnn"),
         row("MaPO, checkpointing, flash attention", CHECKPOINTING, attention="flash"),
         row("MaPO, checkpointing, xformers", CHECKPOINTING, "--enable_xformers_memory_efficient_attention"),
-        row("MaPO, checkpointing, pictures not cached", CHECKPOINTING, *authors[2:]),
+        row("MaPO, checkpointing, images not cached", CHECKPOINTING, *authors[2:], encode_images=True),
         row("MaPO, checkpointing, fp16", CHECKPOINTING, "--mixed_precision=fp16"),
         row("MaPO, checkpointing, TF32", CHECKPOINTING, "--mixed_precision=no", "--allow_tf32"),
         row("MaPO, checkpointing, Adafactor", CHECKPOINTING, "--optimizer=adafactor"),
@@ -220,6 +220,7 @@ def parse_args(input_args: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--device", choices=["cpu", "cuda"], help="Default: cuda, where there is one.")
     parser.add_argument("--cases", nargs="+", choices=cases, help="Default: SDXL on a GPU, else the demo model.")
     parser.add_argument("--only", nargs="+", help="Rows by number, from 0, or by a part of the name.")
+    parser.add_argument("--exactly", nargs="+", help="Rows by their whole names, in this order.")
     parser.add_argument("--seconds", type=float, help="Steps of each row are timed for so long; default 8, GPU: 4.")
     parser.add_argument("--budget_s", type=float, default=510, help="No row is begun that can't end by then.")
     parser.add_argument("--row_limit_s", type=float, default=120, help="The longest that one row may take.")
@@ -254,6 +255,10 @@ def parse_args(input_args: list[str] | None = None) -> argparse.Namespace:
 
 def choose_rows(parser: argparse.ArgumentParser, args: argparse.Namespace) -> list[dict]:
     rows = list_rows(args.cases, args.device)
+    if args.exactly is not None:
+        if unknown := set(args.exactly) - {r["name"] for r in rows}:
+            parser.error(f"--exactly {unknown.pop()}: no such row")
+        return sorted((r for r in rows if r["name"] in args.exactly), key=lambda r: args.exactly.index(r["name"]))
     if args.only is None:
         return rows
     chosen = [r for i, r in enumerate(rows) if any(o == str(i) or o in r["name"] for o in args.only)]
@@ -269,7 +274,7 @@ def run_profile(args: argparse.Namespace) -> None:
         for name in ("first run", "later run"):
             out = Path(folder) / name.split()[0]
             out.mkdir()
-            short = ["--max_train_steps=2", "--validation_inference_steps=1"] if args.dry_run else []
+            short = ["--max_train_steps=2", "--validation_num_inference_steps=1"] if args.dry_run else []
             flags = [f"--cache_dir={folder}/cache", "--beta_mapo=8", *short]
             results[name] = profile(args.script.resolve(), out, flags)
     args.output_dir.mkdir(parents=True, exist_ok=True)

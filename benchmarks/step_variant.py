@@ -49,7 +49,7 @@ from mapo_loss import MaPOLoss  # noqa: E402
 # Folders in diffusers' format. SDXL's has no weights and no tokenizer: cost doesn't depend on the former, and the
 # demo's tokenizer fills SDXL's 77 places as well as its own does.
 CASES = {
-    "demo": {"folder": script.DEMO / "sdxl-tiny-twemoji", "resolution": 64, "batch": 16},
+    "demo": {"folder": Path(script.DEMO_SETTINGS["pretrained_model_name_or_path"]), "resolution": 64, "batch": 16},
     "sdxl-512": {"folder": HERE / "sdxl", "resolution": 512, "batch": 4},
     "sdxl-1024": {"folder": HERE / "sdxl", "resolution": 1024, "batch": 4},
 }
@@ -64,7 +64,7 @@ class Variant:
 
     Args:
         flags: of train_diffusion_mapo_sdxl.py.
-        encode_captions: in every step, as the authors' script does; pictures with the flag --no-cache_latents.
+        encode_images, encode_captions: in every step, as the authors' script does.
         attention: backend of SDPA, a key of BACKENDS; None: torch chooses.
         keys_once: text keys and values are projected once per pair, not for winner and loser each.
         finite_check: ask in every step whether the gradient is finite, for which the host waits for the device.
@@ -76,6 +76,7 @@ class Variant:
     case: str
     method: str = "mapo"
     flags: tuple[str, ...] = ()
+    encode_images: bool = False
     encode_captions: bool = False
     channels_last: bool = False
     attention: str | None = None
@@ -111,8 +112,13 @@ def random_weights(folder: Path, device: torch.device):
         return
 
     def unet(name, dtype=torch.float32, **options):
-        with torch.device(device):
-            return UNet2DConditionModel.from_config(load_config(folder / "unet")).to(dtype)
+        before = torch.get_default_dtype()
+        torch.set_default_dtype(dtype)
+        try:
+            with torch.device(device):
+                return UNet2DConditionModel.from_config(load_config(folder / "unet"))
+        finally:
+            torch.set_default_dtype(before)
 
     def pipeline(name, dtype=torch.float32, **options):
         parts = make_encoders(folder, device, dtype)
@@ -147,47 +153,54 @@ def make_encoders(folder: Path, device: torch.device, dtype: torch.dtype) -> dic
     return parts
 
 
-class RandomPairs:
-    """Stands for the script's `PreferencePairs`: 64 pairs, whose pictures are decoded from one file's bytes."""
+class RandomPairs(script.EncodedPairs):
+    """The script's data set over 64 pairs of random latents and embeddings, in files as its cache has them. What the
+    variant encodes in every step, it yields as pixels and as the caption instead.
 
-    def __init__(self, resolution: int) -> None:
-        coarse = np.random.default_rng(0).integers(0, 256, (resolution // 16, resolution // 16, 3), dtype=np.uint8)
-        picture = Image.fromarray(coarse).resize((resolution, resolution), Image.Resampling.BICUBIC)
-        file = io.BytesIO()
-        picture.save(file, "JPEG", quality=95)
-        self.file, self.captions = file.getvalue(), [CAPTION] * 64
+    Args:
+        folder: where the files go.
+    """
 
-    def __len__(self) -> int:
-        return len(self.captions)
-
-    def pictures(self, i: int) -> tuple[Image.Image, Image.Image]:
-        return script.decode_picture(self.file), script.decode_picture(self.file)
-
-
-class CaptionedPairs(script.PairsByPosition):
-    """Rows with the caption instead of its embeddings, as a stream has them."""
+    def __init__(self, variant: Variant, args, folder: Path) -> None:
+        sizes = load_sizes(CASES[variant.case]["folder"], args.resolution)
+        draw, keys = np.random.default_rng(0), [f"{i:02}" for i in range(128)]
+        time_ids = torch.tensor([[args.resolution, args.resolution, 0, 0, args.resolution, args.resolution]]).float()
+        for key in keys:
+            latents = torch.from_numpy(draw.standard_normal((1, *sizes["latents"]), dtype=np.float32)).half()
+            script.save_entry(folder, key, {"latents": latents, "time_ids": time_ids})
+        embeddings = {
+            name: torch.from_numpy(draw.standard_normal(sizes[name], dtype=np.float32)).half()
+            for name in ("prompt_embeds", "pooled_prompt_embeds")
+        }
+        script.save_entry(folder, script.hash_of(CAPTION), embeddings)
+        pairs = [script.Pair(*two, CAPTION) for two in zip(keys[::2], keys[1::2])]
+        super().__init__(pairs, folder, folder, seed=args.seed, flip=0, drop=0)
+        self.variant, self.resolution, self.file = variant, args.resolution, make_jpeg(args.resolution)
 
     def __getitem__(self, position: int) -> dict:
-        return super().__getitem__(position) | {"caption": CAPTION}
+        row = super().__getitem__(position)
+        if self.variant.encode_images:
+            images = [script.decode_image(self.file) for _ in range(2)]
+            row["pixels"] = torch.stack([script.prepare_image(image, self.resolution)[0] for image in images])
+        return row | {"caption": CAPTION}
 
 
-def make_dataset(variant: Variant, args) -> torch.utils.data.Dataset:
-    """The script's own data set over random latents and embeddings, or over pictures and captions to be encoded."""
-    folder, pairs = CASES[variant.case]["folder"], RandomPairs(args.resolution)
-    text, text_2 = load_config(folder / "text_encoder"), load_config(folder / "text_encoder_2")
-    vae, draw = load_config(folder / "vae"), np.random.default_rng(0)
-    side = args.resolution // 2 ** (len(vae["block_out_channels"]) - 1)
-    tokens = (text["max_position_embeddings"], text["hidden_size"] + text_2["hidden_size"])
-    pictures, embeddings = None, {}
-    if args.cache_latents:
-        latents = draw.standard_normal((len(pairs), 1, 2, vae["latent_channels"], side, side)).astype(np.float16)
-        sizes = [args.resolution, args.resolution, 0, 0, args.resolution, args.resolution]
-        pictures = {"latents": latents, "time_ids": np.tile(np.float32(sizes), (len(pairs), 1, 1))}
-    if not variant.encode_captions:
-        embeddings["prompt_embeds"] = draw.standard_normal((1, *tokens)).astype(np.float16)
-        embeddings["pooled_prompt_embeds"] = draw.standard_normal((1, text_2["projection_dim"])).astype(np.float16)
-    kind = CaptionedPairs if variant.encode_captions else script.PairsByPosition
-    return kind(pairs, {CAPTION: 0, "": 0}, embeddings, pictures, args)
+def load_sizes(folder: Path, resolution: int) -> dict[str, tuple]:
+    """Shapes of one image's latents and of one caption's embeddings."""
+    text, text_2, vae = (load_config(folder / name) for name in ("text_encoder", "text_encoder_2", "vae"))
+    side = resolution // 2 ** (len(vae["block_out_channels"]) - 1)
+    return {
+        "latents": (vae["latent_channels"], side, side),
+        "prompt_embeds": (text["max_position_embeddings"], text["hidden_size"] + text_2["hidden_size"]),
+        "pooled_prompt_embeds": (text_2["projection_dim"],),
+    }
+
+
+def make_jpeg(resolution: int) -> bytes:
+    coarse = np.random.default_rng(0).integers(0, 256, (resolution // 16, resolution // 16, 3), dtype=np.uint8)
+    image, file = Image.fromarray(coarse).resize((resolution, resolution), Image.Resampling.BICUBIC), io.BytesIO()
+    image.save(file, "JPEG", quality=95)
+    return file.getvalue()
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -286,14 +299,14 @@ class Training:
         held: bytes of the weights of all models that are in memory, the reference model's too.
     """
 
-    def __init__(self, variant: Variant, args, accelerator, device: torch.device) -> None:
+    def __init__(self, variant: Variant, args, accelerator, device: torch.device, cache: Path) -> None:
         self.variant, self.args, self.accelerator, self.device = variant, args, accelerator, device
         folder = CASES[variant.case]["folder"]
         dtype = script.HALF_DTYPES.get(args.mixed_precision, torch.float32)
         self.pipeline, reference = None, None
         with random_weights(folder, device):
-            if variant.encode_captions or not args.cache_latents:
-                self.pipeline = script.load_frozen_models(args, device, dtype)
+            if variant.encode_images or variant.encode_captions:
+                self.pipeline = script.load_pipeline(args, dtype).to(device)
             if variant.method == "dpo" and not args.use_lora:
                 reference = script.load_unet(args, accelerator)[0].to(device, dtype).eval().requires_grad_(False)
             unet, self.noise_scheduler = script.load_unet(args, accelerator)
@@ -307,16 +320,25 @@ class Training:
             modules += [self.pipeline.vae, self.pipeline.text_encoder, self.pipeline.text_encoder_2]
         self.held = sum(t.nbytes for m in modules if m is not None for t in m.state_dict().values())
         self.method = METHODS[variant.method](unet, reference)
-        self.unet, self.optimizer, self.lr_scheduler, *_ = script.prepare_training(unet, None, args, accelerator)
-        self.log, self.done = script.MetricsLog(0, args, accelerator), 0
-        self.dataset = make_dataset(variant, args)
+        self.unet, self.optimizer, self.lr_scheduler, _ = script.prepare_training(unet, None, args, accelerator)
+        self.log, self.done = script.MetricsLog(0, None, args, accelerator), 0
+        self.dataset = RandomPairs(variant, args, cache)
         self.feed(args.train_batch_size)
 
     def feed(self, size: int) -> None:
         """Starts new batches of this many pairs."""
         self.args.train_batch_size = size
-        batches = [range(first, first + size) for first in range(0, 10**5 * size, size)]
-        self.batches = script.make_batches(self.dataset, batches, self.pipeline, self.args, self.accelerator)
+        self.batches = iter(script.make_batches(self.dataset, 0, self.args, self.accelerator))
+
+    def encode(self, batch: dict) -> dict:
+        """The batch with what the variant encodes in every step."""
+        captions = batch.pop("caption")
+        if self.variant.encode_images:
+            latents = script.encode_pixels(batch.pop("pixels").flatten(0, 1), self.pipeline.vae)
+            batch["latents"] = latents.unflatten(0, (-1, 2))
+        if self.variant.encode_captions:
+            batch |= script.embed_captions(captions, self.pipeline, self.device)
+        return batch
 
     def step(self, mark=lambda phase: None) -> float | torch.Tensor:
         """One step, as in the script's loop. Calls `mark` with the name of each phase at its end."""
@@ -326,13 +348,15 @@ class Training:
 
     def _step(self, mark) -> torch.Tensor:
         batch = next(self.batches)
+        mark("data")
+        batch = self.encode(batch)
         mark("encode")
         with self.accelerator.accumulate(self.unet), mock.patch.object(script, "mapo_loss", self.method.loss):
             loss, metrics = script.training_step(self.method, batch, self.noise_scheduler, self.args, self.device)
             mark("forward")
             self.accelerator.backward(loss)
             mark("backward")
-            self.log.add(metrics)
+            self.log.micro_steps.append(metrics)
             grad_norm = script.clip_gradients(self.unet, self.args, self.accelerator)
             skip = self.variant.finite_check and not bool(grad_norm.isfinite())
             if not skip or self.accelerator.scaler is not None:
@@ -340,7 +364,7 @@ class Training:
             self.optimizer.zero_grad()
         self.done += 1
         self.lr_scheduler.step()
-        self.log.end_step(self.done, grad_norm, self.lr_scheduler.get_last_lr()[0], skip)
+        self.log.end_step(self.done, grad_norm, self.lr_scheduler.get_last_lr()[0])
         mark("optimizer")
         return loss.detach()
 
@@ -357,7 +381,7 @@ def start(variant: Variant, device: str):
             accelerator = script.prepare_run(args)
             if variant.threads is not None:
                 torch.set_num_threads(variant.threads)
-            training = Training(variant, args, accelerator, accelerator.device)
+            training = Training(variant, args, accelerator, accelerator.device, Path(folder) / "cache")
             yield training
             training.close()
 
@@ -376,7 +400,6 @@ def count_flop(variant: Variant) -> float:
     kept = tuple(flag for flag in variant.flags if not flag.startswith((*unseen, "--optimizer", "--dataloader")))
     device, folder = torch.device("meta"), CASES[variant.case]["folder"]
     args = make_args(Variant("", variant.case, flags=kept, batch=1), "cpu", tempfile.gettempdir() + "/none")
-    counted = Variant("", variant.case, encode_captions=False, batch=1)
     accelerator = mock.Mock(mixed_precision="no")
     with random_weights(folder, device), FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
         unet, noise_scheduler = script.load_unet(args, accelerator)
@@ -385,32 +408,40 @@ def count_flop(variant: Variant) -> float:
             reference = script.load_unet(args, accelerator)[0].eval().requires_grad_(False)
         if variant.keys_once:
             project_text_once(unet)
-        method, cached = METHODS[variant.method](unet, reference), args.cache_latents
-        args.cache_latents = True
-        batch = torch.utils.data.default_collate([make_dataset(counted, args)[0]])
-        batch = {key: value.to(device) for key, value in batch.items()}
-        with (
-            mock.patch.object(script, "mapo_loss", method.loss),
-            mock.patch.object(script, "draw_noise", draw_no_noise),  # meta has no generator
-        ):
+        method = METHODS[variant.method](unet, reference)
+        with mock.patch.object(script, "mapo_loss", method.loss), no_noise():
+            batch = make_meta_batch(folder, args.resolution, 1)
             loss, _ = script.training_step(method, batch, noise_scheduler, args, device)
         loss.backward()
-        if not cached or variant.encode_captions:
-            count_encoding(folder, args.resolution, not cached, variant.encode_captions)
+        count_encoding(folder, args.resolution, variant.encode_images, variant.encode_captions)
     return counter.get_total_flops()
 
 
-def draw_no_noise(positions, shape, num_timesteps, offset, seed, device) -> tuple:
-    return torch.empty(1, *shape, device=device), torch.empty(1, dtype=torch.long, device=device)
+def make_meta_batch(folder: Path, resolution: int, size: int) -> dict[str, torch.Tensor]:
+    """A batch of so many pairs, as `training_step` takes it, on the meta device."""
+    shapes = load_sizes(folder, resolution) | {"time_ids": (6,)}
+    shapes["latents"] = (2, *shapes["latents"])
+    batch = {name: torch.empty(size, *shape, device="meta") for name, shape in shapes.items()}
+    return batch | {"position": torch.arange(size)}
+
+
+def no_noise():
+    """In place of the script's `sample_noise`: meta has no generator."""
+
+    def sample(positions, shape, num_timesteps, offset, seed, device) -> tuple:
+        size = len(positions)
+        return torch.empty(size, *shape, device=device), torch.empty(size, dtype=torch.long, device=device)
+
+    return mock.patch.object(script, "sample_noise", sample)
 
 
 @torch.no_grad()
-def count_encoding(folder: Path, resolution: int, pictures: bool, captions: bool) -> None:
-    """Runs the VAE on two pictures and the text encoders on a caption; on meta, for the counter that is open."""
+def count_encoding(folder: Path, resolution: int, images: bool, captions: bool) -> None:
+    """Runs the VAE on two images and the text encoders on a caption; on meta, for the counter that is open."""
     from diffusers import AutoencoderKL
 
     device = torch.device("meta")
-    if pictures:
+    if images:
         with device:
             vae = AutoencoderKL.from_config(load_config(folder / "vae"))
         vae.encode(torch.empty(2, 3, resolution, resolution, device=device))
@@ -425,15 +456,14 @@ def count_floor(case: str) -> float:
     but for what winner and loser can share."""
     variant = Variant("", case, batch=1)
     args = make_args(variant, "cpu", tempfile.gettempdir() + "/none")
-    batch, device = make_dataset(variant, args)[0], torch.device("meta")
-    with random_weights(CASES[case]["folder"], device):
+    folder, device = CASES[case]["folder"], torch.device("meta")
+    batch = make_meta_batch(folder, args.resolution, 2)
+    with random_weights(folder, device):
         unet, _ = script.load_unet(args, mock.Mock(mixed_precision="no"))
     conditions = {"text_embeds": batch["pooled_prompt_embeds"], "time_ids": batch["time_ids"]}
-    conditions = {key: value.to(device).repeat(2, 1) for key, value in conditions.items()}
-    text = batch["prompt_embeds"].to(device).repeat(2, 1, 1)
+    latents, timesteps = batch["latents"][:, 0], torch.empty(2, device=device)
     with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
-        timesteps = torch.empty(2, device=device)
-        unet(batch["latents"].to(device), timesteps, text, added_cond_kwargs=conditions).sample.sum().backward()
+        unet(latents, timesteps, batch["prompt_embeds"], added_cond_kwargs=conditions).sample.sum().backward()
     return counter.get_total_flops()
 
 
@@ -547,16 +577,9 @@ def time_phases(training: Training, steps: int) -> dict[str, float]:
         spent[phase] = spent.get(phase, 0.0) + (now - clock[0]) / steps
         clock[0] = now
 
-    encode_batch = script.encode_batch
-
-    def encode(*inputs):
-        mark("data")
-        return encode_batch(*inputs)
-
-    with mock.patch.object(script, "encode_batch", encode):
-        clock[0] = time.perf_counter()
-        for _ in range(steps):
-            training.step(mark)
+    clock[0] = time.perf_counter()
+    for _ in range(steps):
+        training.step(mark)
     return spent
 
 

@@ -37,15 +37,15 @@ START = "STEP_COST_STARTED"  # time.time() of the command
 # Functions and methods of the training script, by what they are for.
 PHASES = {
     "imports and accelerator": ["prepare_run"],
-    "data": ["load_dataset", "load_pairs", "PairsByPosition.__getitem__"],
-    "models": ["load_frozen_models", "load_unet", "prepare_training"],
-    "encode": ["encode_once"],
-    "pictures": ["draw_pictures", "draw_base_pictures"],
+    "data": ["open_source", "make_batches", "EncodedPairs.__getitem__"],
+    "models": ["load_pipeline", "load_unet", "prepare_training"],
+    "encode": ["encode_data"],
+    "images": ["generate_images", "measure_held_out"],
     "forward": ["training_step"],
     "backward": ["Accelerator.backward"],
     "optimizer": ["Accelerator.clip_grad_norm_", "AcceleratedOptimizer.step", "AcceleratedOptimizer.zero_grad"],
-    "log": ["MetricsLog.end_step"],
-    "save": ["save_weights", "save_validation", "save_checkpoint", "save_model_card", "judge_demo", "MetricsLog.plot"],
+    "log": ["MetricsLog.end_step", "MetricsLog.write"],
+    "save": ["save_weights", "save_checkpoint", "save_results"],
 }
 
 
@@ -87,7 +87,7 @@ def run_timed(path: Path, save: Path, flags: list[str]) -> None:
 
     watch = Stopwatch()
     watch.spent = {"launcher": entered - started, "imports and accelerator": time.perf_counter() - before}
-    owners = {name: getattr(script, name) for name in ("PairsByPosition", "Accelerator", "MetricsLog")}
+    owners = {name: getattr(script, name, None) for name in ("EncodedPairs", "Accelerator", "MetricsLog")}
     owners["AcceleratedOptimizer"] = AcceleratedOptimizer
     for phase, names in PHASES.items():
         for name in names:
@@ -104,7 +104,7 @@ def run_timed(path: Path, save: Path, flags: list[str]) -> None:
 
 
 def watch_steps(metrics: Path) -> int:
-    return len(metrics.read_text().splitlines())
+    return sum("loss" in json.loads(line) for line in metrics.read_text().splitlines())
 
 
 def profile(path: Path, folder: Path, flags: list[str]) -> dict:

@@ -12,10 +12,10 @@
 # See the License for the specific language governing permissions and
 # limitations under the License.
 """
-What the scripts of `pairs/` and `evaluation/` share: one-line errors, files that survive a kill, tables of pictures,
+What the scripts of `pairs/` and `evaluation/` share: one-line errors, files that survive a kill, tables of images,
 and a client for chat endpoints.
 
-Between the stages lie JSON lines that only grow and pictures that appear whole or not at all, so a stage that was
+Between the stages lie JSON lines that only grow and images that appear whole or not at all, so a stage that was
 killed looks at what is there and does the rest.
 """
 
@@ -26,6 +26,7 @@ import csv
 import errno
 import io
 import json
+import math
 import os
 import random
 import re
@@ -33,15 +34,16 @@ import sys
 import time
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
+from typing import NamedTuple
 
 from PIL import Image
 
 
 REPO = Path(__file__).resolve().parents[1]
 TABLE_SUFFIXES = (".txt", ".jsonl", ".json", ".csv", ".tsv", ".parquet")
-PICTURE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff")
+IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff")
 CAPTION_COLUMNS = ("caption", "prompt", "text", "Prompt", "original_prompt.txt")
-PICTURE_COLUMNS = ("image", "picture", "path", "file_name", "jpg", "png")
+IMAGE_COLUMNS = ("image", "picture", "path", "file_name", "jpg", "png")
 CLIP_WORDS = 75  # CLIP's text encoders read 77 tokens, two of them marks: more words than this never fit
 
 
@@ -70,13 +72,15 @@ def run_script(main, args: argparse.Namespace) -> None:
 
 
 def quiet_libraries() -> None:
-    """From diffusers and transformers, only errors."""
+    """From diffusers and transformers, only errors and the progress of downloads."""
     import diffusers
+    import huggingface_hub
     import transformers
 
     for library in (diffusers, transformers):
         library.utils.logging.set_verbosity_error()
         library.utils.logging.disable_progress_bar()
+    huggingface_hub.utils.enable_progress_bars()  # which transformers silences with its own
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -157,7 +161,7 @@ def load_rows(source: str, flag: str, split: str = "train"):
     """Rows of a table as dicts, by position.
 
     Args:
-        source: .txt (a prompt a line), .jsonl, .json, .csv, .tsv, .parquet; a folder of pictures with NAME.txt beside
+        source: .txt (a prompt a line), .jsonl, .json, .csv, .tsv, .parquet; a folder of images with NAME.txt beside
             NAME.png, of `generate.py`, or of a data set; else an id on the hub.
         flag: name of the flag for errors.
 
@@ -166,24 +170,36 @@ def load_rows(source: str, flag: str, split: str = "train"):
     """
     path, root = Path(source), Path(source) if Path(source).is_dir() else Path(source).parent
     try:
-        if path.is_dir() and (path / "images.jsonl").exists():
-            return read_table(path / "images.jsonl"), root
-        if path.is_dir() and (pictures := [p for p in sorted(path.iterdir()) if p.suffix.lower() in PICTURE_SUFFIXES]):
-            for name in ("metadata.jsonl", "metadata.csv"):
+        if path.is_dir():
+            for name in ("images.jsonl", "metadata.jsonl", "metadata.csv"):
                 if (path / name).exists():
                     return read_table(path / name), root
-            if lonely := [p.name for p in pictures if not p.with_suffix(".txt").exists()]:
-                fail(f"{flag} {source}: no {Path(lonely[0]).stem}.txt with the caption beside {lonely[0]}")
-            return [{"caption": p.with_suffix(".txt").read_text().strip(), "image": p.name} for p in pictures], root
-        if path.suffix in (".txt", ".jsonl", ".json", ".csv", ".tsv"):
+            files = sorted(path.rglob("*"))
+            images = [file for file in files if file.suffix.lower() in IMAGE_SUFFIXES]
+            if images and not any(file.suffix in (".parquet", ".arrow", ".tar") for file in files):
+                return read_captioned_images(images, root, flag), root
+        elif path.suffix in TABLE_SUFFIXES and path.suffix != ".parquet":
             return read_table(path), root
         return load_dataset_rows(source, split), root
     except (OSError, ValueError) as error:
         fail(f"{flag} {source}: {str(error).splitlines()[0]}")
 
 
+def read_captioned_images(images: list[Path], root: Path, flag: str) -> list[dict]:
+    """NAME.png with its caption in NAME.txt, in the folder itself and in those within it."""
+    if lonely := [image for image in images if not image.with_suffix(".txt").exists()]:
+        name = lonely[0].relative_to(root)
+        fail(f"{flag} {root}: no {name.with_suffix('.txt')} with the caption beside {name.name}")
+    return [{"caption": read_text(p.with_suffix(".txt")).strip(), "image": str(p.relative_to(root))} for p in images]
+
+
+def read_text(path: Path) -> str:
+    """UTF-8 with or without the byte order mark of Windows' editors, which would be three tokens of the caption."""
+    return path.read_text(encoding="utf-8-sig")
+
+
 def read_table(path: Path) -> list[dict]:
-    text = path.read_text(encoding="utf-8")
+    text = read_text(path)
     if path.suffix == ".txt":
         rows = [line.split("\t")[0].strip() for line in text.splitlines()]  # T2I-CompBench has more after a tab
     elif path.suffix == ".jsonl":
@@ -247,28 +263,33 @@ def load_prompts(source: str, column: str | None = None, split: str = "train") -
     return rows
 
 
-def open_picture(value, root: Path, where: str) -> Image.Image:
+def open_image(value, root: Path, where: str) -> Image.Image:
     """RGB, upright, transparency on white, as training sees it."""
-    from train_diffusion_mapo_sdxl import decode_picture
+    from train_diffusion_mapo_sdxl import decode_image
 
     try:
-        return decode_picture(value, root)
+        return decode_image(file_bytes(value, root))
     except Exception as error:
-        fail(f"{where}: no readable picture ({error}): mend it or remove the row")
+        fail(f"{where}: no readable image ({error}): mend it or remove the row")
+
+
+def file_bytes(value, root: Path) -> bytes:
+    """The image's file as it is: bytes, a path, or what `datasets` has of an image."""
+    if isinstance(value, dict):
+        value = value["bytes"] if value.get("bytes") is not None else value["path"]
+    return value if isinstance(value, bytes) else (root / value).read_bytes()
 
 
 def load_pairs(source: str, flag: str, split: str = "train"):
-    """The pairs of any data set that the training scripts read: `captions`, `rows`, `pictures(i)` -> chosen, rejected.
+    """The pairs of any data set that the training scripts read: `captions`, `rows`, `images(i)` -> chosen, rejected.
 
-    Unlike in training, a picture is read only when it is asked for.
+    Unlike in training, an image is read only when it is asked for.
     """
     import train_diffusion_mapo_sdxl as training
 
-    settings = training.parse_args(
-        ["--pretrained_model_name_or_path=none", f"--dataset_name={source}", f"--dataset_split_name={split}"]
-    )
+    settings = training.parse_args(["--pretrained_model_name_or_path=none", f"--dataset_name={source}"])
     try:
-        pairs = training.PreferencePairs(training.load_dataset(settings), settings)
+        pairs = training.PreferencePairs(training.load_dataset(settings, split)[0], settings)
     except SystemExit as stop:  # its line names a flag of the training script
         fail(stop.code.partition("error: ")[2].replace("--dataset_name", flag))
     if len(pairs) == 0:
@@ -279,7 +300,7 @@ def load_pairs(source: str, flag: str, split: str = "train"):
 
 def open_pair(pairs, i: int, flag: str) -> tuple[Image.Image, Image.Image]:
     try:
-        return pairs.pictures(i)
+        return pairs.images(i)
     except ValueError as error:
         fail(f"{str(error).splitlines()[0].replace('--dataset_name', flag)}: mend it or remove the row")
 
@@ -297,68 +318,123 @@ def add_endpoint_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--endpoint_tries", type=int, default=6, help="Tries of a request before the run ends.")
     parser.add_argument("--endpoint_backoff", type=float, default=1.0, help="Seconds before the second try; doubles.")
     parser.add_argument("--endpoint_workers", type=int, default=8, help="Requests at a time.")
+    parser.add_argument(
+        "--endpoint_fields",
+        type=json.loads,
+        default={},
+        metavar="JSON",
+        help='More fields for each request, such as \'{"chat_template_kwargs": {"enable_thinking": false}}\'.',
+    )
+
+
+class Answer(NamedTuple):
+    """What a model says.
+
+    Attributes:
+        text: without the reasoning that some models put before it.
+        tokens: every token with the likeliest ones at its place and their probabilities; empty where they are unknown.
+        complete: False where the answer was cut off at the limit of tokens.
+    """
+
+    text: str
+    tokens: list[tuple[str, dict[str, float]]] = []
+    complete: bool = True
+
+
+def drop_reasoning(text: str) -> str:
+    """What follows </think>; nothing where the reasoning never ended."""
+    text = text.rpartition("</think>")[2]
+    return "" if "<think>" in text else text
+
+
+def read_completion(choice: dict) -> Answer:
+    content = choice["message"]["content"] or ""
+    if not isinstance(content, str):  # parts, of which servers name the text ones alike
+        content = "".join(part.get("text") or "" for part in content)
+    tokens = [
+        (token["token"], {other["token"]: math.exp(other["logprob"]) for other in token["top_logprobs"]})
+        for token in (choice.get("logprobs") or {}).get("content") or ()
+    ]
+    return Answer(drop_reasoning(content), tokens, choice.get("finish_reason") != "length")
 
 
 class Endpoint:
     """Chat completions of an OpenAI-compatible server.
 
     Busy (429), failing (5xx), silent and garbled answers are asked again after 1, 2, 4, ... seconds or after the
-    server's Retry-After; any other refusal, and the last of the tries, ends the run. The key stands in no message.
+    server's Retry-After. A parameter that the server refuses by name (400) is left out from then on; any other
+    refusal, and the last of the tries, ends the run. The key stands in no message.
 
     Args:
         url: base address, such as https://api.openai.com/v1 or http://localhost:8000/v1.
+        flag: name of the flag that gave it, for errors.
     """
 
-    def __init__(self, url: str, model: str, args: argparse.Namespace) -> None:
-        self.url, self.model, self.args = url.rstrip("/"), model, args
+    refusable = ("max_tokens", "temperature", "top_logprobs", "logprobs")
+
+    def __init__(self, url: str, model: str, args: argparse.Namespace, flag: str) -> None:
+        self.url, self.model, self.args, self.flag = url.rstrip("/"), model, args, flag
         self.key = os.environ.get(args.api_key_env, "")
         self.workers = args.endpoint_workers
+        self.refused = set()
 
-    def ask(self, text: str, picture: Image.Image | None = None, temperature: float = 0.0, max_tokens=512) -> str:
+    def ask(self, text: str, images=(), temperature: float = 0.0, max_tokens=512, probabilities=False) -> Answer:
         """The assistant's answer; empty where it refused."""
         import requests
 
-        content = text
-        if picture is not None:
-            buffer = io.BytesIO()
-            picture.save(buffer, "PNG")
-            data = base64.b64encode(buffer.getvalue()).decode()
-            content = [
-                {"type": "image_url", "image_url": {"url": f"data:image/png;base64,{data}"}},
-                {"type": "text", "text": text},
-            ]
         body = {"model": self.model, "temperature": temperature, "max_tokens": max_tokens}
+        if probabilities:
+            body |= {"logprobs": True, "top_logprobs": 20}
+        parts = [{"type": "image_url", "image_url": {"url": to_data_url(image)}} for image in images]
+        content = [*parts, {"type": "text", "text": text}] if parts else text
         body["messages"] = [{"role": "user", "content": content}]
+        body |= self.args.endpoint_fields
         headers = {"Authorization": f"Bearer {self.key}"} if self.key else {}
-        for attempt in range(self.args.endpoint_tries):
+        attempt = 0
+        while attempt < self.args.endpoint_tries:
             wait = self.args.endpoint_backoff * 2**attempt * random.uniform(0.75, 1.25)
+            request = {name: value for name, value in body.items() if name not in self.refused}
+            if "max_tokens" in self.refused:
+                request["max_completion_tokens"] = max_tokens
             try:
                 answer = requests.post(
-                    f"{self.url}/chat/completions", json=body, headers=headers, timeout=self.args.endpoint_timeout
+                    f"{self.url}/chat/completions", json=request, headers=headers, timeout=self.args.endpoint_timeout
                 )
                 if answer.status_code == 200:
-                    return answer.json()["choices"][0]["message"]["content"] or ""
+                    return read_completion(answer.json()["choices"][0])
                 trouble = f"status {answer.status_code}"
+                named = [name for name in self.refusable if name in request and re.search(rf"\b{name}\b", answer.text)]
+                if answer.status_code == 400 and named:
+                    self.refused.add(named[0])
+                    continue
                 if answer.status_code not in (408, 409, 429) and answer.status_code < 500:
-                    fail(self.hide_key(f"--endpoint {self.url}: {trouble}: {' '.join(answer.text.split())[:200]}"))
+                    said = " ".join(answer.text.split())[:200]
+                    fail(self.hide_key(f"{self.flag} {self.url}: {trouble}: {said}"))
                 with contextlib.suppress(ValueError):  # Retry-After may be a date
                     wait = max(wait, float(answer.headers.get("Retry-After", 0)))
             except requests.Timeout:
                 trouble = f"no answer in {self.args.endpoint_timeout:g} s"
             except requests.ConnectionError:
                 trouble = "no connection"
-            except (ValueError, LookupError, TypeError):
+            except (ValueError, LookupError, TypeError, AttributeError):
                 trouble = "an answer that is no chat completion"
-            if attempt + 1 < self.args.endpoint_tries:
+            attempt += 1
+            if attempt < self.args.endpoint_tries:
                 time.sleep(wait)
         fail(
-            f"--endpoint {self.url}: {trouble}, {self.args.endpoint_tries} times: see that the server runs; "
+            f"{self.flag} {self.url}: {trouble}, {self.args.endpoint_tries} times: see that the server runs; "
             "the same command goes on from here"
         )
 
     def hide_key(self, text: str) -> str:
         text = text.replace(self.key, "***") if self.key else text
         return re.sub(r"\bsk-\S+", "***", text)  # servers quote parts of a key that they refuse
+
+
+def to_data_url(image: Image.Image) -> str:
+    buffer = io.BytesIO()
+    image.save(buffer, "PNG")
+    return f"data:image/png;base64,{base64.b64encode(buffer.getvalue()).decode()}"
 
 
 def do_all(work, items: list, workers: int):

@@ -16,11 +16,11 @@ Compares models by the scores of the same prompts and seeds:
 
     python evaluation/compare.py eval --base base
 
-writes report.md, report.json and report.html into `eval/`. The page holds the pictures side by side, sorted by
+writes report.md, report.json and report.html into `eval/`. The page holds the images side by side, sorted by
 difference, and needs no other file. For every metric and every model against the base:
 
 - mean of both and of the difference, and the win rate (a tie is half a win), each over prompts and seeds,
-- 95 % percentile bootstrap intervals that draw whole prompts, since seeds of one prompt resemble each other,
+- 95 % percentile bootstrap intervals that resample whole prompts, since seeds of one prompt resemble each other,
 - p of the two-sided sign-flip test on the prompts' sums of differences: if both models were alike, a prompt's
   difference would be as likely to be positive as negative; exact up to 13 prompts, else 9,999 random flips,
 - the same p after Holm's correction for all tests in the report.
@@ -40,7 +40,7 @@ from tqdm.auto import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from evaluation.common import JsonLines, fail, open_picture, run_script, whole_file, write_json
+from evaluation.common import JsonLines, fail, open_image, run_script, whole_file, write_json
 
 
 RESAMPLES = 9999
@@ -48,18 +48,18 @@ RESAMPLES = 9999
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("pictures", type=Path, help="Folder of generate.py and score.py.")
+    parser.add_argument("images", type=Path, help="Folder of generate.py and score.py.")
     parser.add_argument("--scores", type=Path, help="Default: scores.jsonl in that folder.")
     parser.add_argument("--base", required=True, help="Name of the model that the others are compared with.")
     parser.add_argument("--models", nargs="+", help="Default: all others.")
     parser.add_argument("--metrics", nargs="+", help="Default: all that were scored.")
     parser.add_argument("--html_rows", type=int, default=100, help="Prompts on the page: the extremes of differences.")
-    parser.add_argument("--html_pixels", type=int, default=256, help="Side of the page's pictures.")
+    parser.add_argument("--html_pixels", type=int, default=256, help="Side of the page's images.")
     parser.add_argument("--seed", type=int, default=0, help="Of bootstrap and sign flips.")
-    parser.add_argument("--output_dir", type=Path, help="Default: the folder of the pictures.")
+    parser.add_argument("--output_dir", type=Path, help="Default: the folder of the images.")
     args = parser.parse_args(argv)
-    args.output_dir = args.output_dir or args.pictures
-    args.scores = args.scores or args.pictures / "scores.jsonl"
+    args.output_dir = args.output_dir or args.images
+    args.scores = args.scores or args.images / "scores.jsonl"
     if not args.scores.exists():
         fail(f"--scores {args.scores} isn't there: run score.py first")
     return args
@@ -77,7 +77,7 @@ def cluster_sums(values: np.ndarray, clusters: list) -> tuple[np.ndarray, np.nda
 
 
 def bootstrap_interval(values: np.ndarray, clusters: list, seed: int = 0) -> tuple[float, float]:
-    """95 % percentile bootstrap interval of the mean, drawing whole clusters; NaN with fewer than two."""
+    """95 % percentile bootstrap interval of the mean, resampling whole clusters; NaN with fewer than two."""
     from scipy.stats import bootstrap
 
     sums, counts = cluster_sums(values, clusters)
@@ -160,7 +160,7 @@ def compare(scores: dict, args: argparse.Namespace) -> list[dict]:
             keys = [key for key in base if key in other]
             scored = [key for key in keys if base[key]["score"] is not None and other[key]["score"] is not None]
             if not scored:
-                fail(f"--scores {args.scores}: {args.base} and {model} share no picture with a score by {metric}")
+                fail(f"--scores {args.scores}: {args.base} and {model} share no image with a score by {metric}")
             before = np.array([base[key]["score"] for key in scored])
             after = np.array([other[key]["score"] for key in scored])
             difference = after - before
@@ -171,7 +171,7 @@ def compare(scores: dict, args: argparse.Namespace) -> list[dict]:
                     "metric": metric,
                     "model": model,
                     "prompts": len(set(clusters)),
-                    "pictures": len(scored),
+                    "images": len(scored),
                     "left_out": len(base.keys() | other.keys()) - len(scored),
                     "base_mean": float(before.mean()),
                     "mean": float(after.mean()),
@@ -219,7 +219,7 @@ h1{font-size:1.4rem} table{border-collapse:collapse;margin:1rem 0;font-variant-n
 th,td{padding:.3rem .6rem;border-bottom:1px solid #ddd;text-align:left;white-space:nowrap} .wide{overflow-x:auto}
 .bar{position:sticky;top:0;background:#fffffff2;padding:.6rem 0;border-bottom:1px solid #ddd;z-index:1}
 select{font:inherit;margin:0 .8rem 0 .3rem} article{padding:1rem 0;border-bottom:1px solid #eee}
-.prompt{margin:0 0 .5rem;overflow-wrap:anywhere} .pictures{display:flex;flex-wrap:wrap;gap:.7rem}
+.prompt{margin:0 0 .5rem;overflow-wrap:anywhere} .images{display:flex;flex-wrap:wrap;gap:.7rem}
 figure{margin:0;width:@PIXELS@px} img{width:100%;display:block;background:#f3f3f5;border-radius:4px}
 figcaption{font-size:.85rem} .up{color:#0a6b2c} .down{color:#a3231b} small{color:#666}
 </style>
@@ -242,20 +242,20 @@ const gain=(row,metric,model)=>{const s=row.scores[metric]||{};
 function show(){
   const metric=at('metric').value, model=at('model').value, order=+at('order').value;
   const rows=data.rows.map(r=>[gain(r,metric,model),r]).filter(x=>x[0]!==null).sort((a,b)=>order*(a[0]-b[0]));
-  at('count').textContent=rows.length+' pictures'; at('list').replaceChildren();
+  at('count').textContent=rows.length+' images'; at('list').replaceChildren();
   for(const [difference,row] of rows){
     const article=node('article'), line=node('p','prompt');
     line.append(node('b',difference>0?'up':difference<0?'down':'',(difference>0?'+':'')+difference.toPrecision(3)),
       ' '+row.prompt+' ',node('small','','seed '+row.seed));
-    const pictures=node('div','pictures');
+    const images=node('div','images');
     for(const name of [data.base,...data.models]){
-      if(!row.pictures[name])continue;
-      const figure=node('figure'), image=node('img'); image.src=row.pictures[name]; image.alt=name+': '+row.prompt;
+      if(!row.images[name])continue;
+      const figure=node('figure'), image=node('img'); image.src=row.images[name]; image.alt=name+': '+row.prompt;
       const caption=node('figcaption','',name); caption.append(node('br'));
       caption.append(node('small','',data.metrics.filter(m=>row.scores[m]&&row.scores[m][name]!=null)
         .map(m=>m+' '+row.scores[m][name].toPrecision(4)).join(', ')));
-      figure.append(image,caption); pictures.append(figure)}
-    article.append(line,pictures); at('list').append(article)}}
+      figure.append(image,caption); images.append(figure)}
+    article.append(line,images); at('list').append(article)}}
 for(const id of ['metric','model','order'])at(id).addEventListener('change',show);
 show();
 </script>
@@ -263,16 +263,16 @@ show();
 """
 
 
-def encode_picture(path: str, root: Path, pixels: int) -> str:
-    picture = open_picture(path, root, f"{root / path}")
-    picture.thumbnail((pixels, pixels))
+def encode_image(path: str, root: Path, pixels: int) -> str:
+    image = open_image(path, root, f"{root / path}")
+    image.thumbnail((pixels, pixels))
     buffer = io.BytesIO()
-    picture.save(buffer, "WEBP", quality=85)
+    image.save(buffer, "WEBP", quality=85)
     return "data:image/webp;base64," + base64.b64encode(buffer.getvalue()).decode()
 
 
 def choose_rows(scores: dict, args: argparse.Namespace) -> list[tuple]:
-    """Prompt and seed of all pictures, or of the largest gains and losses by any metric and model, taking turns."""
+    """Prompt and seed of all images, or of the largest gains and losses by any metric and model, taking turns."""
     rankings = []
     for metric in args.metrics:
         base = scores[metric].get(args.base, {})
@@ -297,8 +297,8 @@ def build_page(scores: dict, results: list[dict], args: argparse.Namespace) -> s
                 "prompt": next(iter(some.values()))["prompt"],
                 "seed": key[1],
                 "scores": {m: {n: row["score"] for n, row in by_model.items()} for m, by_model in found.items()},
-                "pictures": {
-                    n: encode_picture(row["path"], args.pictures, args.html_pixels)
+                "images": {
+                    n: encode_image(row["path"], args.images, args.html_pixels)
                     for n, row in some.items()
                     if "path" in row
                 },
@@ -324,7 +324,7 @@ def main(args: argparse.Namespace) -> None:
     scores = read_scores(args)
     results = compare(scores, args)
     for result in results:
-        result["seeds"] = round(result["pictures"] / result["prompts"], 2)
+        result["seeds"] = round(result["images"] / result["prompts"], 2)
     table = markdown_table(results)
     page = build_page(scores, results, args)
     for result in results:  # JSON has no NaN
@@ -335,7 +335,7 @@ def main(args: argparse.Namespace) -> None:
         with whole_file(args.output_dir / name) as aside:
             aside.write_text(text, encoding="utf-8")
     print(table)
-    print(f"Page with the pictures: {args.output_dir / 'report.html'}")
+    print(f"Page with the images: {args.output_dir / 'report.html'}")
 
 
 if __name__ == "__main__":

@@ -12,7 +12,7 @@
 # See the License for the specific language governing permissions and
 # limitations under the License.
 """
-Draws every prompt with every model from the same seeds:
+Generates images of every prompt with every model, from the same seeds:
 
     python evaluation/generate.py --prompts prompts.txt --models base=stabilityai/stable-diffusion-xl-base-1.0 \\
         tuned=sdxl-mapo --seeds 0 1 --output_dir eval
@@ -25,11 +25,11 @@ A model is NAME=PIPELINE, a folder or an id on the hub of any text-to-image pipe
     tokens=<a>+<b>     the words that these embeddings stand for, in their order
 
 such as `dog=stabilityai/stable-diffusion-xl-base-1.0,lora=run,embeddings=run/learned_embeds.safetensors,tokens=<dog>`.
-Where a row of the prompts has a `base_prompt`, models without embeddings draw that one.
+Where a row of the prompts has a `base_prompt`, models without embeddings get that one.
 
 Prompts are a file (.txt, .jsonl, .json, .csv, .tsv, .parquet), a data set on the hub, or one of: hpdv2, parti.
-`--output_dir` gets images/NAME/*.png, images.jsonl (a row per picture) and manifest.json (settings, versions). The
-same command after a kill draws what is missing; models and seeds can be added later.
+`--output_dir` gets images/NAME/*.png, images.jsonl (a row per image) and manifest.json (settings, versions). The
+same command after a kill generates what is missing; models and seeds can be added later.
 """
 
 import argparse
@@ -62,12 +62,12 @@ from evaluation.common import (
 HPDV2_STYLES = ("anime", "concept-art", "paintings", "photo")
 
 
-def add_drawing_flags(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--resolution", type=int, default=1024, help="Side of the pictures, in pixels.")
+def add_generation_flags(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--resolution", type=int, default=1024, help="Side of the images, in pixels.")
     parser.add_argument("--num_inference_steps", type=int, default=30)
     parser.add_argument("--guidance_scale", type=float, default=5.0)
     parser.add_argument("--negative_prompt", help="For pipelines that take one.")
-    parser.add_argument("--batch_size", type=int, default=4, help="Pictures at a time.")
+    parser.add_argument("--batch_size", type=int, default=4, help="Images at a time.")
     parser.add_argument("--dtype", choices=["fp32", "fp16", "bf16"], help="Default: fp16 on a GPU, fp32 without.")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
 
@@ -79,17 +79,17 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--prompt_split", default="train", help="Split of a data set on the hub.")
     parser.add_argument("--max_prompts", type=int, help="Use the first N prompts only.")
     parser.add_argument("--models", nargs="+", required=True, metavar="NAME=PIPELINE[,...]")
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0], help="One picture per prompt and seed.")
-    add_drawing_flags(parser)
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0], help="One image per prompt and seed.")
+    add_generation_flags(parser)
     parser.add_argument("--output_dir", type=Path, required=True)
     args = parser.parse_args(argv)
-    check_drawing_flags(args)
+    check_generation_flags(args)
     check_output_dir(args.output_dir)
     args.models = dict(parse_model(text) for text in args.models)
     return args
 
 
-def check_drawing_flags(args: argparse.Namespace) -> None:
+def check_generation_flags(args: argparse.Namespace) -> None:
     for name in ("num_inference_steps", "batch_size"):
         if getattr(args, name) < 1:
             fail(f"--{name} {getattr(args, name)}: must be at least 1")
@@ -121,7 +121,7 @@ def parse_model(text: str) -> tuple[str, dict[str, str]]:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Drawing
+# Generation
 # ---------------------------------------------------------------------------------------------------------------------
 
 
@@ -169,19 +169,18 @@ def load_embeddings(pipeline, spec: dict[str, str]) -> None:
         )
 
 
-def draw(name: str, spec: dict[str, str], jobs: list[dict], log: JsonLines, folder: Path, args) -> None:
-    """Draws the jobs whose picture isn't there yet and logs each; the model is loaded only if there are any.
+def generate_images(name: str, spec: dict[str, str], jobs: list[dict], log: JsonLines, folder: Path, args) -> None:
+    """Generates the jobs' images that aren't there yet and logs each; the model is loaded only if there are any.
 
     Args:
         jobs: rows for the log with `path` (from `folder`), `prompt` and `noise_seed`.
-        args: with the flags of `add_drawing_flags`.
+        args: with the flags of `add_generation_flags`.
     """
     logged = {row["path"]: row["prompt"] for row in log.rows}
     for job in jobs:
         if logged.get(job["path"], job["prompt"]) != job["prompt"]:
-            fail(
-                f"{folder / job['path']} was drawn for {logged[job['path']]!r}, now {job['prompt']!r}: another folder"
-            )
+            before, now = logged[job["path"]], job["prompt"]
+            fail(f"{folder / job['path']} was generated for {before!r}, now {now!r}: name another folder")
     missing = [job for job in jobs if not (folder / job["path"]).exists()]
     log.add(*(job for job in jobs if job["path"] not in logged and (folder / job["path"]).exists()))
     if not missing:
@@ -190,7 +189,7 @@ def draw(name: str, spec: dict[str, str], jobs: list[dict], log: JsonLines, fold
     pipeline = load_pipeline(spec, args)
     options = {"height": args.resolution, "width": args.resolution, "guidance_scale": args.guidance_scale}
     options["num_inference_steps"] = args.num_inference_steps
-    with tqdm(total=len(jobs), initial=len(jobs) - len(missing), desc=f"Drawing {name}", unit="picture") as bar:
+    with tqdm(total=len(jobs), initial=len(jobs) - len(missing), desc=f"Generating {name}", unit="image") as bar:
         for start in range(0, len(missing), args.batch_size):
             chunk = missing[start : start + args.batch_size]
             if args.negative_prompt is not None:
@@ -198,10 +197,10 @@ def draw(name: str, spec: dict[str, str], jobs: list[dict], log: JsonLines, fold
             # Noise from the CPU's generator is the same on every device and in every batch.
             generators = [torch.Generator("cpu").manual_seed(job["noise_seed"]) for job in chunk]
             with torch.no_grad():
-                pictures = pipeline([job["prompt"] for job in chunk], generator=generators, **options).images
-            for job, picture in zip(chunk, pictures):
+                images = pipeline([job["prompt"] for job in chunk], generator=generators, **options).images
+            for job, image in zip(chunk, images):
                 with whole_file(folder / job["path"]) as aside:
-                    picture.save(aside, "PNG")
+                    image.save(aside, "PNG")
                 if job["path"] not in logged:
                     log.add(job)
                 bar.update()
@@ -253,7 +252,7 @@ def load_prompt_set(args: argparse.Namespace) -> list[dict]:
 
 
 def write_manifest(prompts: list[dict], args: argparse.Namespace) -> None:
-    """Settings, models and versions; ends the run where the folder holds pictures of other ones."""
+    """Settings, models and versions; ends the run where the folder holds images of other ones."""
     path = args.output_dir / "manifest.json"
     texts = json.dumps([(row["prompt"], row.get("base_prompt")) for row in prompts])
     settings = {"prompts_sha256": hashlib.sha256(texts.encode()).hexdigest(), "prompts": len(prompts)}
@@ -266,12 +265,10 @@ def write_manifest(prompts: list[dict], args: argparse.Namespace) -> None:
         for name, value in settings.items():
             if begun["settings"].get(name) != value:
                 begun_value = begun["settings"].get(name)
-                fail(
-                    f"--output_dir {args.output_dir} holds pictures of {name} {begun_value}, now {value}: name another"
-                )
+                fail(f"--output_dir {args.output_dir} holds images of {name} {begun_value}, now {value}: name another")
         for name, spec in args.models.items():
             if models.get(name, spec) != spec:
-                fail(f"--models {name}: {args.output_dir} holds pictures of {models[name]}: give another name")
+                fail(f"--models {name}: {args.output_dir} holds images of {models[name]}: give another name")
     manifest = {"settings": settings, "models": models | args.models, "seeds": sorted({*seeds, *args.seeds})}
     write_json(path, manifest | {"source": args.prompts, "versions": versions(), "device": args.device})
 
@@ -295,8 +292,8 @@ def main(args: argparse.Namespace) -> None:
             for seed in args.seeds
             for i, row in enumerate(prompts)
         ]
-        draw(name, spec, jobs, log, args.output_dir, args)
-    print(f"{len(log.rows)} pictures in {args.output_dir}; next: python evaluation/score.py {args.output_dir} ...")
+        generate_images(name, spec, jobs, log, args.output_dir, args)
+    print(f"{len(log.rows)} images in {args.output_dir}; next: python evaluation/score.py {args.output_dir} ...")
 
 
 if __name__ == "__main__":

@@ -14,27 +14,42 @@
 """
 The metrics that `score.py` knows, each with the model class and the file format that it was published in.
 
-Every metric takes pictures (PIL, RGB) and prompts and gives one number for each picture; more is better.
+Every metric takes images (PIL, RGB) and prompts and gives one number for each image; more is better.
 
 | name | number | preprocessing |
 |---|---|---|
-| pickscore | exp(logit_scale) * cos(text, picture), CLIP H/14 | shorter side to 224, centre crop |
-| hps | 100 * cos, HPS v2.1's CLIP H/14 | longer side to 224, black bars |
+| pickscore | exp(logit_scale) * cos(text, image), CLIP H/14 | shorter side to 224, centre crop as transformers' |
+| hps | 100 * cos, HPS v2.1's CLIP H/14 | longer side to 224 in floats, black bars; text by ftfy |
 | aesthetic | five linear layers on the L2-normalised embedding of CLIP L/14 | shorter side to 224, centre crop |
 | imagereward | (BLIP L and five linear layers - 0.16717) / 1.03334 | shorter side to 224, centre crop; 35 tokens |
-| clip | 100 * max(cos, 0), CLIP L/14 | shorter side to 224, centre crop |
+| clip | 100 * max(cos, 0), CLIP L/14 | shorter side to 224, centre crop; text by ftfy |
 | siglip | 100 * sigmoid(exp(logit_scale) * cos + logit_bias) | squeezed to 384 x 384; 64 tokens, padded |
-| dinov2 | mean cosine of CLS to the reference pictures' | shorter side to 256, centre crop of 224 |
-| judge | 1 to 10, a vision-language model's rating by a criterion | the picture as it is |
-| style | logit of the demo's style judge, positive for Noto's | squeezed to 64 x 64 |
+| dinov2 | mean cosine of CLS to the reference images' | shorter side to 256, centre crop of 224 |
+| judge | 1 to 10: a vision-language model's rating by a criterion, the mean of its likely ones | the image as it is |
+| pairwise | 0 to 1: probability that the judge prefers the image to `--base`'s, mean of both orders | the same |
+| vqa | 0 to 1: probability that the judge answers Yes to whether the image shows the prompt (VQAScore) | the same |
+| style | logit of the demo's style judge, positive for the preferred style | squeezed to 64 x 64 |
+
+Any other metric is `--metrics MODULE:CLASS`, where the class is made with the device and has one method:
+
+    class Brightness:
+        def __init__(self, device: str) -> None: ...
+        def score(self, images: list[PIL.Image.Image], prompts: list[str]): ...  # one number each
+
+README.md has such classes for the metrics of pyiqa and imscore.
 
 HPS and ImageReward need neither open_clip nor ImageReward's package, which are unmaintained or need torchvision: their
 checkpoints are loaded into transformers' CLIPModel, BlipVisionModel and BlipTextModel under other names.
 """
 
 import argparse
+import html
+import importlib
 import math
+import os
 import re
+import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -42,7 +57,10 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 
-from evaluation.common import REPO, Endpoint, fail
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from evaluation.common import REPO, Answer, Endpoint, drop_reasoning, fail
 
 
 CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
@@ -59,7 +77,7 @@ WEIGHTS = {
     "clip": "openai/clip-vit-large-patch14",
     "siglip": "google/siglip-so400m-patch14-384",
     "dinov2": "facebook/dinov2-base",
-    "judge": "Qwen/Qwen2-VL-7B-Instruct",
+    "judge": "Qwen/Qwen3-VL-8B-Instruct",
     "style": str(REPO / "demo" / "style_judge.safetensors"),
 }
 
@@ -81,11 +99,52 @@ def load_state(place: str) -> dict[str, torch.Tensor]:
     return state.get("state_dict", state)
 
 
-def load_picture_processor(place: str):
+def load_image_processor(place: str):
     """The PIL implementation: torchvision's, which transformers prefers where it is installed, shifts scores."""
     from transformers import AutoImageProcessor
 
     return AutoImageProcessor.from_pretrained(place, backend="pil")
+
+
+def to_pixels(image: Image.Image) -> torch.Tensor:
+    """(3, H, W) in [0, 1]"""
+    return torch.from_numpy(np.array(image)).permute(2, 0, 1).float() / 255
+
+
+def normalize(pixels: torch.Tensor) -> torch.Tensor:
+    """By CLIP's mean and deviation. Shape: (N, 3, H, W)"""
+    return (pixels - torch.tensor(CLIP_MEAN).view(3, 1, 1)) / torch.tensor(CLIP_STD).view(3, 1, 1)
+
+
+def crop_to_square(image: Image.Image, side: int) -> torch.Tensor:
+    """The shorter side to `side`, bicubic, and the centre of the longer one, as torchvision's Resize and CenterCrop
+    do: half a surplus is rounded to the even number there, where transformers rounds down."""
+    scale = side / min(image.size)
+    width, height = (side if length == min(image.size) else int(length * scale) for length in image.size)
+    left, top = round((width - side) / 2), round((height - side) / 2)
+    resized = image.resize((width, height), Image.Resampling.BICUBIC)
+    return to_pixels(resized.crop((left, top, left + side, top + side)))
+
+
+def pad_to_square(image: Image.Image, side: int) -> torch.Tensor:
+    """The longer side to `side`, bicubic, black bars beside the shorter one; an odd pixel goes to the end.
+
+    Resized in floats: what overshoots 0 and 1 stays, where PIL's 8 bits would cut it off.
+    """
+    pixels = to_pixels(image)
+    scale = side / max(image.size)
+    if scale != 1:
+        size = [round(length * scale) for length in pixels.shape[1:]]
+        pixels = F.interpolate(pixels[None], size, mode="bicubic", antialias=True)[0]
+    above, before = (side - pixels.shape[1]) // 2, (side - pixels.shape[2]) // 2
+    return F.pad(pixels, (before, side - pixels.shape[2] - before, above, side - pixels.shape[1] - above))
+
+
+def clean_text(prompt: str) -> str:
+    """As the tokenizers of OpenAI's CLIP and open_clip do before all else, and transformers' doesn't."""
+    import ftfy
+
+    return html.unescape(html.unescape(ftfy.fix_text(prompt))).strip()
 
 
 def cosine(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
@@ -115,17 +174,17 @@ class LinearHead:
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-class Clip:
-    """CLIP score: 100 * max(cos, 0)."""
+class PickScore:
+    """exp(logit_scale) * cos, with transformers' processor and tokenizer as in its authors' code."""
 
-    model_key, processor_key = "clip", "clip"
+    model_key, processor_key = "pickscore", "pickscore.processor"
 
     def __init__(self, args: argparse.Namespace) -> None:
         from transformers import AutoTokenizer
 
         self.device = args.device
         self.model = self.load_model(args.weights[self.model_key]).eval().to(self.device)
-        self.processor = load_picture_processor(args.weights[self.processor_key])
+        self.processor = load_image_processor(args.weights[self.processor_key])
         self.tokenizer = AutoTokenizer.from_pretrained(args.weights[self.processor_key])
 
     def load_model(self, place: str):
@@ -133,30 +192,39 @@ class Clip:
 
         return CLIPModel.from_pretrained(place, dtype=torch.float32)
 
-    def prepare(self, pictures: list[Image.Image]) -> torch.Tensor:
+    def prepare(self, images: list[Image.Image]) -> torch.Tensor:
         """(N, 3, H, W), normalised"""
-        return self.processor(images=pictures, return_tensors="pt")["pixel_values"]
+        return self.processor(images=images, return_tensors="pt")["pixel_values"]
 
-    def embed_pictures(self, pictures: list[Image.Image]) -> torch.Tensor:
-        return self.model.get_image_features(pixel_values=self.prepare(pictures).to(self.device)).pooler_output
+    def embed_images(self, images: list[Image.Image]) -> torch.Tensor:
+        return self.model.get_image_features(pixel_values=self.prepare(images).to(self.device)).pooler_output
 
     def embed_prompts(self, prompts: list[str]) -> torch.Tensor:
         length = self.model.config.text_config.max_position_embeddings
         tokens = self.tokenizer(prompts, padding=True, truncation=True, max_length=length, return_tensors="pt")
         return self.model.get_text_features(**tokens.to(self.device)).pooler_output
 
-    def score(self, pictures: list[Image.Image], prompts: list[str]) -> torch.Tensor:
-        return self.number(cosine(self.embed_pictures(pictures), self.embed_prompts(prompts)))
-
-    def number(self, cos: torch.Tensor) -> torch.Tensor:
-        return 100 * cos.clamp(min=0)
-
-
-class PickScore(Clip):
-    model_key, processor_key = "pickscore", "pickscore.processor"
+    def score(self, images: list[Image.Image], prompts: list[str]) -> torch.Tensor:
+        return self.number(cosine(self.embed_images(images), self.embed_prompts(prompts)))
 
     def number(self, cos: torch.Tensor) -> torch.Tensor:
         return self.model.logit_scale.exp() * cos
+
+
+class Clip(PickScore):
+    """CLIP score, with the preprocessing of OpenAI's code."""
+
+    model_key, processor_key = "clip", "clip"
+
+    def prepare(self, images: list[Image.Image]) -> torch.Tensor:
+        side = self.model.config.vision_config.image_size
+        return normalize(torch.stack([crop_to_square(image, side) for image in images]))
+
+    def embed_prompts(self, prompts: list[str]) -> torch.Tensor:
+        return super().embed_prompts([clean_text(prompt) for prompt in prompts])
+
+    def number(self, cos: torch.Tensor) -> torch.Tensor:
+        return 100 * cos.clamp(min=0)
 
 
 class Hps(Clip):
@@ -172,24 +240,12 @@ class Hps(Clip):
         model.load_state_dict(state)
         return model.float()
 
-    def prepare(self, pictures: list[Image.Image]) -> torch.Tensor:
+    def prepare(self, images: list[Image.Image]) -> torch.Tensor:
         side = self.model.config.vision_config.image_size
-        pixels = np.stack([np.asarray(pad_to_square(picture, side)) for picture in pictures]) / 255
-        return torch.from_numpy((pixels - CLIP_MEAN) / CLIP_STD).permute(0, 3, 1, 2).float()
+        return normalize(torch.stack([pad_to_square(image, side) for image in images]))
 
     def number(self, cos: torch.Tensor) -> torch.Tensor:
         return 100 * cos
-
-
-def pad_to_square(picture: Image.Image, side: int) -> Image.Image:
-    """The longer side to `side`, bicubic, black bars beside the shorter one; an odd pixel goes to the end."""
-    scale = side / max(picture.size)
-    width, height = (round(length * scale) for length in picture.size)
-    canvas = Image.new("RGB", (side, side))
-    canvas.paste(
-        picture.resize((width, height), Image.Resampling.BICUBIC), ((side - width) // 2, (side - height) // 2)
-    )
-    return canvas
 
 
 def read_open_clip(state: dict[str, torch.Tensor]):
@@ -261,11 +317,11 @@ class Aesthetic(Clip):
         super().__init__(args)
         self.head = LinearHead(load_state(args.weights["aesthetic"]), "", self.device)
 
-    def score(self, pictures: list[Image.Image], prompts: list[str]) -> torch.Tensor:
-        return self.head(F.normalize(self.embed_pictures(pictures), dim=-1))
+    def score(self, images: list[Image.Image], prompts: list[str]) -> torch.Tensor:
+        return self.head(F.normalize(self.embed_images(images), dim=-1))
 
 
-class Siglip(Clip):
+class Siglip(PickScore):
     model_key, processor_key = "siglip", "siglip"
 
     def load_model(self, place: str):
@@ -285,12 +341,12 @@ class Siglip(Clip):
 
 
 class ImageReward:
-    """BLIP reads the prompt while it looks at the picture; a linear head on [CLS] gives the reward."""
+    """BLIP reads the prompt while it looks at the image; a linear head on [CLS] gives the reward."""
 
     mean, std, tokens = 0.16717362830052426, 1.0333394966054072, 35
 
     def __init__(self, args: argparse.Namespace) -> None:
-        from transformers import AutoTokenizer, BlipTextModel, BlipVisionModel, CLIPImageProcessorPil
+        from transformers import AutoTokenizer, BlipTextModel, BlipVisionModel
 
         self.device = args.device
         state = load_state(args.weights["imagereward"])
@@ -302,14 +358,13 @@ class ImageReward:
             model.float().eval().to(self.device)
         self.head = LinearHead(state, "mlp.", self.device)
         self.tokenizer = AutoTokenizer.from_pretrained(args.weights["imagereward.tokenizer"])
-        side = vision_config.image_size
-        self.processor = CLIPImageProcessorPil(size={"shortest_edge": side}, crop_size={"height": side, "width": side})
 
-    def prepare(self, pictures: list[Image.Image]) -> torch.Tensor:
-        return self.processor(images=pictures, return_tensors="pt")["pixel_values"]
+    def prepare(self, images: list[Image.Image]) -> torch.Tensor:
+        side = self.vision.config.image_size
+        return normalize(torch.stack([crop_to_square(image, side) for image in images]))
 
-    def score(self, pictures: list[Image.Image], prompts: list[str]) -> torch.Tensor:
-        seen = self.vision(pixel_values=self.prepare(pictures).to(self.device)).last_hidden_state
+    def score(self, images: list[Image.Image], prompts: list[str]) -> torch.Tensor:
+        seen = self.vision(pixel_values=self.prepare(images).to(self.device)).last_hidden_state
         tokens = self.tokenizer(
             prompts, padding="max_length", truncation=True, max_length=self.tokens, return_tensors="pt"
         ).to(self.device)
@@ -377,48 +432,50 @@ def read_image_reward(state: dict[str, torch.Tensor]):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Pictures alone
+# Images alone
 # ---------------------------------------------------------------------------------------------------------------------
 
 
 class Dinov2:
-    """Mean cosine of a picture's CLS to those of the reference pictures."""
+    """Mean cosine of an image's CLS to those of the reference images."""
 
     def __init__(self, args: argparse.Namespace) -> None:
         from transformers import Dinov2Model
 
         self.device = args.device
         self.model = Dinov2Model.from_pretrained(args.weights["dinov2"], dtype=torch.float32).eval().to(self.device)
-        self.processor = load_picture_processor(args.weights["dinov2"])
+        self.processor = load_image_processor(args.weights["dinov2"])
         self.references = None
         if getattr(args, "references", None):
-            self.references = torch.cat([self.embed_pictures([picture]) for picture in args.references])
+            self.references = torch.cat([self.embed_images([image]) for image in args.references])
 
-    def prepare(self, pictures: list[Image.Image]) -> torch.Tensor:
-        return self.processor(images=pictures, return_tensors="pt")["pixel_values"]
+    def prepare(self, images: list[Image.Image]) -> torch.Tensor:
+        return self.processor(images=images, return_tensors="pt")["pixel_values"]
 
     @torch.no_grad()
-    def embed_pictures(self, pictures: list[Image.Image]) -> torch.Tensor:
-        """(N, D), of length 1"""
-        hidden = self.model(pixel_values=self.prepare(pictures).to(self.device)).last_hidden_state
-        return F.normalize(hidden[:, 0], dim=-1)
+    def class_tokens(self, images: list[Image.Image]) -> torch.Tensor:
+        return self.model(pixel_values=self.prepare(images).to(self.device)).last_hidden_state[:, 0]
 
-    def score(self, pictures: list[Image.Image], prompts: list[str]) -> torch.Tensor:
-        return (self.embed_pictures(pictures) @ self.references.T).mean(1)
+    def embed_images(self, images: list[Image.Image]) -> torch.Tensor:
+        """(N, D), of length 1"""
+        return F.normalize(self.class_tokens(images), dim=-1)
+
+    def score(self, images: list[Image.Image], prompts: list[str]) -> torch.Tensor:
+        return (self.embed_images(images) @ self.references.T).mean(1)
 
 
 class Style:
-    """The demo's judge: logit of "Noto drew this"."""
+    """The demo's judge: logit of "this is in the preferred style"."""
 
     def __init__(self, args: argparse.Namespace) -> None:
         from demo.style_judge import StyleJudge
 
         self.model = StyleJudge.from_pretrained(args.weights["style"])
 
-    def score(self, pictures: list[Image.Image], prompts: list[str]) -> torch.Tensor:
+    def score(self, images: list[Image.Image], prompts: list[str]) -> torch.Tensor:
         from demo.style_judge import to_batch
 
-        return self.model(to_batch(pictures))
+        return self.model(to_batch(images))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -426,7 +483,7 @@ class Style:
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-JUDGE_TEXT = """You rate a picture that a computer drew.
+JUDGE_TEXT = """You rate an image that a computer made.
 
 It was asked for: {prompt}
 
@@ -435,16 +492,99 @@ Judge by this criterion only: {criterion}
 Rate from 1 to 10, where 1-2 is extremely poor, 3-4 poor, 5-6 average, 7-8 good and 9-10 outstanding. Answer in exactly
 this form, with nothing before or after it:
 
-ANALYSIS: one or two sentences on how the picture meets the criterion
+ANALYSIS: one or two sentences on how the image meets the criterion
 RATING: a number from 1 to 10"""
+PAIRWISE_TEXT = """You compare two images that computers made. The first one is A, the second one is B.
+
+Both were asked for: {prompt}
+
+Judge by this criterion only: {criterion}
+
+Answer in exactly this form, with nothing before or after it:
+
+ANALYSIS: one or two sentences on how the images differ by the criterion
+CHOICE: A or B, whichever is better"""
+VQA_TEXT = 'Does this figure show "{prompt}"? Please answer yes or no.'  # VQAScore's question
+RATING = r"RATING[^\w-]*(\d+(?:\.\d+)?)(?!\s*-\s*\d)"
+CHOICE = r"CHOICE\W*([AB])\b"
 
 
-def parse_rating(answer: str) -> float | None:
-    """The number after RATING, from 1 to 10; None where there is none, or more than one."""
-    ratings = re.findall(r"RATING[^\w-]*(\d+(?:\.\d+)?)(?!\s*-\s*\d)", answer, re.IGNORECASE)
-    if len(ratings) != 1 or not 1 <= float(ratings[0]) <= 10:
-        return None
-    return float(ratings[0])
+def find_answer(pattern: str, text: str) -> re.Match | None:
+    """The only match; None where there is none, or more than one."""
+    matches = list(re.finditer(pattern, text, re.IGNORECASE))
+    return matches[0] if len(matches) == 1 else None
+
+
+def parse_rating(text: str) -> float | None:
+    """The number after RATING, from 1 to 10."""
+    match = find_answer(RATING, text)
+    return float(match[1]) if match and 1 <= float(match[1]) <= 10 else None
+
+
+def probabilities_at(pattern: str, answer: Answer) -> dict[str, float]:
+    """Stripped tokens and their probabilities at the place where the pattern's group begins; empty where unknown."""
+    text = "".join(token for token, _ in answer.tokens)
+    start = text.rfind("</think>") + 1
+    match, likely = find_answer(pattern, text[start:]), {}
+    place = start + match.start(1) if match else len(text)
+    for token, others in answer.tokens:
+        if place < len(token):
+            for other, probability in others.items():
+                likely[other.strip(" :*\n")] = likely.get(other.strip(" :*\n"), 0.0) + probability
+            break
+        place -= len(token)
+    return likely
+
+
+def expected_rating(rating: float, likely: dict[str, float]) -> float:
+    """Mean of the ratings that could have stood there; the rating itself where the probabilities are unknown."""
+    weights = {int(token): p for token, p in likely.items() if token.isdecimal() and 1 <= int(token) <= 10}
+    if rating > 5 and 10 not in weights and 1 in weights:
+        weights[10] = weights.pop(1)  # where each digit is a token; with a rating this high 1 begins 10
+    if rating % 1 or not weights:
+        return rating
+    return sum(value * p for value, p in weights.items()) / sum(weights.values())
+
+
+def load_chat_processor(place: str):
+    """Qwen's processors see videos too, and transformers' code for those needs torchvision, which the code for images
+    doesn't: without torchvision the processor is put together without that part."""
+    from transformers import AutoConfig, AutoImageProcessor, AutoProcessor, AutoTokenizer
+    from transformers.models.auto.processing_auto import PROCESSOR_MAPPING
+
+    try:
+        return AutoProcessor.from_pretrained(place)
+    except ImportError:
+        parent = PROCESSOR_MAPPING[type(AutoConfig.from_pretrained(place))]
+
+    class ImagesOnly(parent):
+        def check_argument_for_proper_class(self, name, argument):
+            return None if argument is None else super().check_argument_for_proper_class(name, argument)
+
+    tokenizer = AutoTokenizer.from_pretrained(place)
+    images = AutoImageProcessor.from_pretrained(place, backend="pil")
+    return ImagesOnly(images, tokenizer, chat_template=tokenizer.chat_template)
+
+
+@torch.no_grad()
+def generate_answer(model, tokenizer, inputs, temperature: float, max_tokens: int, probabilities=False) -> Answer:
+    # A model's own top_k of 1, such as Qwen's, would make all tries alike.
+    sampling = {"do_sample": True, "temperature": temperature, "top_k": 0, "top_p": 1.0}
+    output = model.generate(
+        **inputs,
+        max_new_tokens=max_tokens,
+        output_logits=probabilities,
+        return_dict_in_generate=True,
+        **(sampling if temperature else {"do_sample": False}),
+    )
+    ids, tokens = output.sequences[0, inputs["input_ids"].shape[1] :].tolist(), []
+    for number, logits in zip(ids, output.logits or ()):
+        likely = logits[0].float().softmax(-1).topk(20)
+        others = {tokenizer.decode([i]): p for i, p in zip(likely.indices.tolist(), likely.values.tolist())}
+        tokens.append((tokenizer.decode([number]), others))
+    ends = model.generation_config.eos_token_id
+    complete = len(ids) < max_tokens or ids[-1] in (ends if isinstance(ends, list) else [ends])
+    return Answer(drop_reasoning(tokenizer.decode(ids, skip_special_tokens=True)), tokens, complete)
 
 
 class LocalJudge:
@@ -453,18 +593,14 @@ class LocalJudge:
     workers = 1
 
     def __init__(self, place: str, device: str) -> None:
-        from transformers import AutoModelForImageTextToText, AutoProcessor
+        from transformers import AutoModelForImageTextToText
 
+        self.processor = load_chat_processor(place)  # first: it fails in seconds, the model in minutes
         dtype = torch.float32 if device == "cpu" else torch.bfloat16
         self.model = AutoModelForImageTextToText.from_pretrained(place, dtype=dtype).eval().to(device)
-        try:
-            self.processor = AutoProcessor.from_pretrained(place, backend="pil")
-        except (AttributeError, ImportError) as error:  # those that read videos as well, Qwen's among them
-            raise ImportError("its processor needs torchvision: install it, or use --judge_endpoint") from error
 
-    @torch.no_grad()
-    def ask(self, text: str, picture: Image.Image | None = None, temperature: float = 0.0, max_tokens=512) -> str:
-        content = [{"type": "image", "image": picture}, {"type": "text", "text": text}]
+    def ask(self, text: str, images=(), temperature: float = 0.0, max_tokens=512, probabilities=False) -> Answer:
+        content = [*({"type": "image", "image": image} for image in images), {"type": "text", "text": text}]
         inputs = self.processor.apply_chat_template(
             [{"role": "user", "content": content}],
             add_generation_prompt=True,
@@ -472,38 +608,60 @@ class LocalJudge:
             return_dict=True,
             return_tensors="pt",
         ).to(self.model.device)
-        sampling = {"do_sample": True, "temperature": temperature} if temperature else {"do_sample": False}
-        output = self.model.generate(**inputs, max_new_tokens=max_tokens, **sampling)
-        return self.processor.batch_decode(output[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)[0]
+        return generate_answer(self.model, self.processor.tokenizer, inputs, temperature, max_tokens, probabilities)
 
 
 class Judge:
     """Ratings from 1 to 10; NaN where the model gave no rating in `--judge_tries` answers."""
 
     def __init__(self, args: argparse.Namespace) -> None:
-        self.criterion, self.tries = args.judge_criterion, args.judge_tries
-        model = args.weights["judge"]
-        self.model = (
-            Endpoint(args.judge_endpoint, model, args) if args.judge_endpoint else LocalJudge(model, args.device)
-        )
-
-    def rate(self, picture: Image.Image, prompt: str) -> float:
-        text = JUDGE_TEXT.format(prompt=prompt, criterion=self.criterion)
-        for attempt in range(self.tries):
-            rating = parse_rating(self.model.ask(text, picture, temperature=0.7 if attempt else 0.0))
-            if rating is not None:
-                return rating
-        return math.nan
-
-    def score(self, pictures: list[Image.Image], prompts: list[str]) -> torch.Tensor:
-        if self.model.workers > 1:
-            from concurrent.futures import ThreadPoolExecutor
-
-            with ThreadPoolExecutor(self.model.workers) as pool:
-                ratings = list(pool.map(self.rate, pictures, prompts))
+        self.args, place = args, args.weights["judge"]
+        if args.judge_endpoint:
+            self.model = Endpoint(args.judge_endpoint, place, args, "--judge_endpoint")
         else:
-            ratings = [self.rate(*pair) for pair in zip(pictures, prompts)]
-        return torch.tensor(ratings)
+            self.model = LocalJudge(place, args.device)
+
+    def ask(self, text: str, prompt: str, images: list[Image.Image], parse) -> tuple:
+        """The first answer that `parse` makes something of, and what that is; the answer is None if there is none."""
+        text = text.format(prompt=prompt, criterion=self.args.judge_criterion)
+        for attempt in range(self.args.judge_tries):
+            answer = self.model.ask(text, images, 0.7 if attempt else 0.0, self.args.judge_max_tokens, True)
+            if answer.complete and (found := parse(answer.text)) is not None:
+                return answer, found
+        return None, math.nan
+
+    def rate(self, image: Image.Image, prompt: str) -> float:
+        answer, rating = self.ask(JUDGE_TEXT, prompt, [image], parse_rating)
+        return expected_rating(rating, probabilities_at(RATING, answer)) if answer else math.nan
+
+    def score(self, images: list, prompts: list[str]) -> torch.Tensor:
+        with ThreadPoolExecutor(self.model.workers) as pool:
+            return torch.tensor(list(pool.map(self.rate, images, prompts)))
+
+
+class Pairwise(Judge):
+    """Probability that the judge prefers an image to another; asked in both orders, since judges favour a place."""
+
+    def prefer_first(self, images: list[Image.Image], prompt: str) -> float:
+        answer, choice = self.ask(PAIRWISE_TEXT, prompt, images, lambda text: find_answer(CHOICE, text))
+        likely = probabilities_at(CHOICE, answer) if answer else {}
+        first, second = likely.get("A", 0.0), likely.get("B", 0.0)
+        if first + second:
+            return first / (first + second)
+        return float(choice[1] in "Aa") if answer else math.nan
+
+    def rate(self, images: tuple[Image.Image, Image.Image] | tuple[None, None], prompt: str) -> float:
+        if images[1] is None:  # the base against itself
+            return 0.5
+        return (self.prefer_first([*images], prompt) + 1 - self.prefer_first([*images[::-1]], prompt)) / 2
+
+
+class Vqa(Judge):
+    """VQAScore's question; its own models need packages that are pinned to old ones, any judge answers it."""
+
+    def rate(self, image: Image.Image, prompt: str) -> float:
+        answer = self.model.ask(VQA_TEXT.format(prompt=prompt), [image], max_tokens=1, probabilities=True)
+        return answer.tokens[0][1].get("Yes", 0.0) if answer.tokens else math.nan
 
 
 METRICS = {
@@ -515,32 +673,62 @@ METRICS = {
     "siglip": Siglip,
     "dinov2": Dinov2,
     "judge": Judge,
+    "pairwise": Pairwise,
+    "vqa": Vqa,
     "style": Style,
 }
+JUDGES = ("judge", "pairwise", "vqa")
+
+
+def metric_name(name: str) -> str:
+    """A name of METRICS, or MODULE:CLASS; for argparse."""
+    if name not in METRICS and not re.fullmatch(r"[\w.]+:\w+", name):
+        raise argparse.ArgumentTypeError(f"{name} is none of {', '.join(METRICS)}, nor MODULE:CLASS")
+    return name
+
+
+def places_of(name: str, args: argparse.Namespace) -> dict[str, str]:
+    """Those of `args.weights` that a metric reads."""
+    own = "judge" if name in JUDGES else name
+    return {key: place for key, place in args.weights.items() if key.partition(".")[0] == own}
 
 
 def load_metric(name: str, args: argparse.Namespace):
-    """The metric, loaded; ends the run in one line where its weights can't be.
+    """The metric, loaded; ends the run in one line where it can't be.
 
     Args:
-        args: with `weights` (see WEIGHTS), `device`; for dinov2 `references`; for judge the flags of
+        args: with `weights` (see WEIGHTS), `device`; for dinov2 `references`; for the judges the flags of
             `add_judge_flags`.
     """
+    if name not in METRICS:
+        return load_own_metric(name, args.device)
     try:
         return METRICS[name](args)
     except (OSError, ValueError, KeyError, RuntimeError, ImportError) as error:
-        places = ", ".join(f"{k}={v}" for k, v in args.weights.items() if k.partition(".")[0] == name)
+        places = ", ".join(f"{key}={place}" for key, place in places_of(name, args).items())
         fail(f"--weights {places}: {str(error).strip().splitlines()[0]}")
+
+
+def load_own_metric(name: str, device: str):
+    module, _, kind = name.partition(":")
+    sys.path.append(os.getcwd())
+    try:
+        return getattr(importlib.import_module(module), kind)(device)
+    except (ImportError, AttributeError) as error:
+        fail(f"--metrics {name}: {str(error).splitlines()[0]}")
 
 
 def add_judge_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--judge_endpoint", help="Base address of an OpenAI-compatible server, such as .../v1.")
     parser.add_argument(
         "--judge_criterion",
-        default="the picture shows what was asked for, without faults",
-        help="What the judge goes by, such as 'the picture is a cartoon'.",
+        default="the image shows what was asked for, without faults",
+        help="What the judge goes by, such as 'the image is a cartoon'.",
     )
     parser.add_argument("--judge_tries", type=int, default=3, help="Answers to ask for until one has a rating.")
+    parser.add_argument(
+        "--judge_max_tokens", type=int, default=512, help="Of an answer; a reasoning model needs some thousands."
+    )
 
 
 def read_weights_flag(parts: list[str]) -> dict[str, str]:
@@ -552,3 +740,7 @@ def read_weights_flag(parts: list[str]) -> dict[str, str]:
             fail(f"--weights {part}: must be NAME=PLACE with a name of {', '.join(WEIGHTS)}")
         weights[name] = place
     return weights
+
+
+if __name__ == "__main__":
+    argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()

@@ -12,13 +12,14 @@
 # See the License for the specific language governing permissions and
 # limitations under the License.
 """
-Measures how far preference data are from what a model draws, the paper's reference mismatch (its Figure 2):
+Measures how far preference data are from what a model generates, the paper's reference mismatch (its Figure 2):
 
     python evaluation/reference_mismatch.py --model stabilityai/stable-diffusion-xl-base-1.0 \\
         --tasks preference=PICKAPIC mine=my-pairs --output_dir mismatch
 
-For every task the model draws captions of its pairs; the similarity is the mean cosine of DINOv2's CLS between the
-drawing and the chosen picture, with a 95 % bootstrap interval over captions. Low similarity is large mismatch.
+For every task the model generates images for captions of its pairs; the similarity is the mean cosine of DINOv2's CLS
+between the generated and the chosen image, with a 95 % bootstrap interval over captions. Low similarity is large
+mismatch.
 
 The hint for beta: in the paper the best beta rises with the mismatch, 8 for preference, 32 for culture, 64 for safety
 and for style, 1024 for personalization (its Table 4). The paper plots the similarities but prints no numbers, so a
@@ -43,15 +44,15 @@ from evaluation.common import (
     fail,
     keep_settings,
     load_pairs,
+    open_image,
     open_pair,
-    open_picture,
     quiet_libraries,
     run_script,
     whole_file,
     write_json,
 )
 from evaluation.compare import bootstrap_interval
-from evaluation.generate import add_drawing_flags, check_drawing_flags, draw, noise_seed, parse_model
+from evaluation.generate import add_generation_flags, check_generation_flags, generate_images, noise_seed, parse_model
 from evaluation.metrics import load_metric, read_weights_flag
 
 
@@ -63,13 +64,13 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--model", required=True, help="PIPELINE[,unet=...][,lora=...], as in generate.py.")
     parser.add_argument("--tasks", nargs="+", required=True, metavar="NAME=PAIRS", help="Data sets of pairs.")
     parser.add_argument("--split", default="train", help="Split of the data sets.")
-    parser.add_argument("--max_pairs", type=int, default=200, help="Pairs of each task, drawn by --seed.")
+    parser.add_argument("--max_pairs", type=int, default=200, help="Pairs of each task, a random subset by --seed.")
     parser.add_argument("--weights", nargs="+", default=[], metavar="dinov2=PLACE", help="Other weights.")
     parser.add_argument("--seed", type=int, default=0)
-    add_drawing_flags(parser)
+    add_generation_flags(parser)
     parser.add_argument("--output_dir", type=Path, required=True)
     args = parser.parse_args(argv)
-    check_drawing_flags(args)
+    check_generation_flags(args)
     args.model = parse_model(f"model={args.model}")[1]
     args.weights = read_weights_flag(args.weights)
     tasks = dict(task.partition("=")[::2] for task in args.tasks)
@@ -82,7 +83,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 
 @torch.no_grad()
 def measure(name: str, source: str, args: argparse.Namespace) -> dict:
-    """Similarity of a task's chosen pictures to the model's drawings of their captions."""
+    """Similarity of a task's chosen images to the model's images of their captions."""
     pairs = load_pairs(source, "--tasks", args.split)
     picked = np.sort(np.random.default_rng(args.seed).permutation(len(pairs))[: args.max_pairs]).tolist()
     jobs = [
@@ -94,7 +95,7 @@ def measure(name: str, source: str, args: argparse.Namespace) -> dict:
         }
         for i in picked
     ]
-    draw(name, args.model, jobs, JsonLines(args.output_dir / f"{name}.images.jsonl"), args.output_dir, args)
+    generate_images(name, args.model, jobs, JsonLines(args.output_dir / f"{name}.images.jsonl"), args.output_dir, args)
     log = JsonLines(args.output_dir / f"{name}.similarities.jsonl")
     done = {row["row"] for row in log.rows}
     missing = [job for job in jobs if job["row"] not in done]
@@ -102,9 +103,9 @@ def measure(name: str, source: str, args: argparse.Namespace) -> dict:
         metric = load_metric("dinov2", args)
         for start in tqdm(range(0, len(missing), args.batch_size), desc=f"Comparing {name}", unit="batch"):
             chunk = missing[start : start + args.batch_size]
-            drawn = [open_picture(job["path"], args.output_dir, job["path"]) for job in chunk]
+            generated = [open_image(job["path"], args.output_dir, job["path"]) for job in chunk]
             chosen = [open_pair(pairs, job["row"], "--tasks")[0] for job in chunk]
-            cosines = (metric.embed_pictures(drawn) * metric.embed_pictures(chosen)).sum(1).tolist()
+            cosines = (metric.embed_images(generated) * metric.embed_images(chosen)).sum(1).tolist()
             log.add(*({"row": job["row"], "caption": job["prompt"], "cos": c} for job, c in zip(chunk, cosines)))
     rows = [row for row in log.rows if row["row"] in set(picked)]
     cosines = np.array([row["cos"] for row in rows])

@@ -14,17 +14,17 @@
 """
 Builds preference pairs that `train_diffusion_mapo_sdxl.py` reads, in one of three ways:
 
-    python pairs/build_preference_pairs.py from-pictures --pictures photos/ --model SDXL --output_dir my-pairs
-        Pictures with captions: the picture is chosen, the model's own drawing of its caption is rejected (section 3.2
+    python pairs/build_preference_pairs.py from-images --images photos/ --model SDXL --output_dir my-pairs
+        Images with captions: the image is chosen, what the model generates for its caption is rejected (section 3.2
         of the paper), so that any text-to-image fine-tune becomes preference tuning.
 
     python pairs/build_preference_pairs.py from-captions --captions prompts.txt --attribute "cartoon style" \\
         --llm_model Qwen/Qwen2.5-7B-Instruct --model black-forest-labs/FLUX.1-schnell --output_dir my-pairs
-        Captions: a language model tells what they show without their style; the picture drawn of that with an
-        attribute is chosen, the one drawn without is rejected; a vision-language model judges both.
+        Captions: a language model tells what they show without their style; the image generated from that with an
+        attribute is chosen, the one without is rejected; a vision-language model judges both.
 
-    python pairs/build_preference_pairs.py from-scores --pictures eval --metric pickscore --output_dir my-pairs
-        Several pictures of a caption with scores of `evaluation/score.py`: the best is chosen and the worst rejected,
+    python pairs/build_preference_pairs.py from-scores --images eval --metric pickscore --output_dir my-pairs
+        Several images of a caption with scores of `evaluation/score.py`: the best is chosen and the worst rejected,
         or all pairs beyond a margin.
 
 `--output_dir` gets data/train-00000-of-00001.parquet in the columns of Pick-a-Pic (sides shuffled by --seed; besides,
@@ -52,7 +52,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from evaluation.common import (
     CAPTION_COLUMNS,
-    PICTURE_COLUMNS,
+    IMAGE_COLUMNS,
+    Answer,
     Endpoint,
     JsonLines,
     add_endpoint_flags,
@@ -60,22 +61,30 @@ from evaluation.common import (
     check_output_dir,
     do_all,
     fail,
+    file_bytes,
     find_column,
     keep_settings,
     load_prompts,
     load_rows,
-    open_picture,
+    open_image,
     quiet_libraries,
     run_script,
     warn,
     whole_file,
     write_json,
 )
-from evaluation.generate import add_drawing_flags, check_drawing_flags, draw, free_memory, noise_seed, parse_model
-from evaluation.metrics import Judge, add_judge_flags, load_metric, read_weights_flag
+from evaluation.generate import (
+    add_generation_flags,
+    check_generation_flags,
+    free_memory,
+    generate_images,
+    noise_seed,
+    parse_model,
+)
+from evaluation.metrics import Judge, add_judge_flags, generate_answer, load_metric, read_weights_flag
 
 
-# By this name `datasets` finds the pairs among the pictures of the folder. Naming the file in the front matter of
+# By this name `datasets` finds the pairs among the images of the folder. Naming the file in the front matter of
 # README.md would do so too, but then `datasets` caches by the folder's name alone: rebuilt pairs would stay unseen.
 PARQUET = Path("data", "train-00000-of-00001.parquet")
 
@@ -90,11 +99,11 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw)
     commands = parser.add_subparsers(dest="use", required=True, metavar="SUBCOMMAND")
 
-    pictures = commands.add_parser("from-pictures", help="Pictures are chosen, the model's own drawings rejected.")
-    pictures.add_argument("--pictures", required=True, help="Folder with NAME.png and NAME.txt, table or data set.")
-    pictures.add_argument("--caption_column", help="Where it isn't caption, prompt or text.")
-    pictures.add_argument("--picture_column", help="Where it isn't image, picture or path.")
-    pictures.add_argument("--model", required=True, help="The model to be tuned: PIPELINE[,unet=...][,lora=...].")
+    images = commands.add_parser("from-images", help="Images are chosen, what the model generates is rejected.")
+    images.add_argument("--images", required=True, help="Folder with NAME.png and NAME.txt, table or data set.")
+    images.add_argument("--caption_column", help="Where it isn't caption, prompt or text.")
+    images.add_argument("--image_column", help="Where it isn't image, path or file_name.")
+    images.add_argument("--model", required=True, help="The model to be tuned: PIPELINE[,unet=...][,lora=...].")
 
     captions = commands.add_parser("from-captions", help="An attribute is learnt from captions alone.")
     captions.add_argument("--captions", required=True, help=".txt, .jsonl, .csv, .parquet or a data set.")
@@ -106,8 +115,10 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     captions.add_argument("--llm_max_tokens", type=int, default=160)
     captions.add_argument("--no_contexts", action="store_true", help="Take the captions themselves as contexts.")
     captions.add_argument("--style_words", nargs="*", default=[], help="More words that a context mustn't hold.")
-    captions.add_argument("--model", required=True, help="Draws the winners: any text-to-image pipeline.")
-    captions.add_argument("--loser_model", help="Draws the losers, such as the model to be tuned; default: --model.")
+    captions.add_argument("--model", required=True, help="Generates the winners: any text-to-image pipeline.")
+    captions.add_argument(
+        "--loser_model", help="Generates the losers, such as the model to be tuned; default: --model."
+    )
     holes = "{attribute}, {context} and {caption} are filled in."
     captions.add_argument("--winner_template", default="{attribute}, {context}", help=f"Winners' prompt; {holes}")
     captions.add_argument("--loser_template", default="{context}", help=f"Losers' prompt; {holes}")
@@ -119,19 +130,19 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add_judge_flags(captions)
     add_endpoint_flags(captions)
 
-    scores = commands.add_parser("from-scores", help="The best against the worst of several pictures.")
-    scores.add_argument("--pictures", type=Path, required=True, help="Folder of generate.py and score.py.")
+    scores = commands.add_parser("from-scores", help="The best against the worst of several images.")
+    scores.add_argument("--images", type=Path, required=True, help="Folder of generate.py and score.py.")
     scores.add_argument("--scores", type=Path, help="Default: scores.jsonl in that folder.")
     scores.add_argument("--metric", required=True, help="Metric to go by.")
     scores.add_argument("--mode", choices=["best_worst", "all"], default="best_worst")
     scores.add_argument("--min_margin", type=float, default=0.0, help="Pairs must differ by more than this.")
 
-    for command in (pictures, captions, scores):
+    for command in (images, captions, scores):
         command.add_argument("--max_rows", type=int, help="Use the first N rows only.")
         command.add_argument("--seed", type=int, default=0, help="Of the noise and of the sides' shuffle.")
         command.add_argument("--output_dir", type=Path, required=True)
-    for command in (pictures, captions):
-        add_drawing_flags(command)
+    for command in (images, captions):
+        add_generation_flags(command)
     args = parser.parse_args(argv)
     check_args(args)
     return args
@@ -140,7 +151,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 def check_args(args: argparse.Namespace) -> None:
     check_output_dir(args.output_dir)
     if args.use != "from-scores":
-        check_drawing_flags(args)
+        check_generation_flags(args)
         args.model = parse_model(f"model={args.model}")[1]
     if args.use != "from-captions":
         return
@@ -160,7 +171,7 @@ def check_args(args: argparse.Namespace) -> None:
 
 
 def settings_of(args: argparse.Namespace) -> dict:
-    """What the pictures depend on; how they are then judged, filtered and split into batches may change."""
+    """What the images depend on; how they are then judged, filtered and split into batches may change."""
     free = ("output_dir", "device", "batch_size", "min_score", "min_margin", "max_rows", "mode", "scores", "weights")
     used = {k: v for k, v in vars(args).items() if k not in free and not k.startswith(("endpoint_", "api_", "judge_"))}
     return {name: str(value) if isinstance(value, Path) else value for name, value in used.items()}
@@ -222,17 +233,14 @@ class LocalWriter:
         except (OSError, ValueError) as error:
             fail(f"--llm_model {place}: {str(error).splitlines()[0]}")
 
-    @torch.no_grad()
-    def ask(self, text: str, picture=None, temperature: float = 0.0, max_tokens: int = 160) -> str:
+    def ask(self, text: str, images=(), temperature: float = 0.0, max_tokens: int = 160) -> Answer:
         if self.tokenizer.chat_template:
             text = self.tokenizer.apply_chat_template(
                 [{"role": "user", "content": text}], add_generation_prompt=True, tokenize=False
             )
         inputs = self.tokenizer(text, return_tensors="pt", add_special_tokens=not self.tokenizer.chat_template)
-        sampling = {"do_sample": True, "temperature": temperature} if temperature else {"do_sample": False}
         inputs = {name: inputs[name].to(self.model.device) for name in ("input_ids", "attention_mask")}
-        output = self.model.generate(**inputs, max_new_tokens=max_tokens, **sampling)
-        return self.tokenizer.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+        return generate_answer(self.model, self.tokenizer, inputs, temperature, max_tokens)
 
 
 def write_contexts(captions: list[str], args: argparse.Namespace, work: Path) -> dict[int, str]:
@@ -255,7 +263,7 @@ def write_contexts(captions: list[str], args: argparse.Namespace, work: Path) ->
                 temperature=0.7 if attempt else 0.0,
                 max_tokens=args.llm_max_tokens,
             )
-            context, reason = read_context(answer, style_words)
+            context, reason = read_context(answer.text, style_words)
             if context is not None:
                 return {"row": i, "caption": captions[i], "context": context, "rejected": reasons}
             reasons.append(reason)
@@ -263,7 +271,7 @@ def write_contexts(captions: list[str], args: argparse.Namespace, work: Path) ->
 
     if missing:
         if args.llm_endpoint:
-            writer = Endpoint(args.llm_endpoint, args.llm_model, args)
+            writer = Endpoint(args.llm_endpoint, args.llm_model, args, "--llm_endpoint")
         else:
             writer = LocalWriter(args.llm_model, args.device)
         with tqdm(total=len(captions), initial=len(done), desc="Writing contexts", unit="caption") as bar:
@@ -286,39 +294,35 @@ def write_contexts(captions: list[str], args: argparse.Namespace, work: Path) ->
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def side(picture, root: Path, **facts) -> dict:
-    """One picture of a pair: file bytes or a path from `root`, and what is known of it."""
-    return {"picture": picture, "root": root, "score": None, "model": None, "seed": None, "prompt": None} | facts
+def side(image, root: Path, **facts) -> dict:
+    """One image of a pair: file bytes or a path from `root`, and what is known of it."""
+    return {"image": image, "root": root, "score": None, "model": None, "seed": None, "prompt": None} | facts
 
 
-def pairs_from_pictures(args: argparse.Namespace, work: Path) -> tuple[list, dict]:
-    rows, root = load_rows(args.pictures, "--pictures")
+def pairs_from_images(args: argparse.Namespace, work: Path) -> tuple[list, dict]:
+    rows, root = load_rows(args.images, "--images")
     if len(rows) == 0:
-        fail(f"--pictures {args.pictures}: no rows")
-    caption = find_column(
-        rows, args.caption_column, CAPTION_COLUMNS, "--caption_column", f"--pictures {args.pictures}"
-    )
-    picture = find_column(
-        rows, args.picture_column, PICTURE_COLUMNS, "--picture_column", f"--pictures {args.pictures}"
-    )
+        fail(f"--images {args.images}: no rows")
+    caption = find_column(rows, args.caption_column, CAPTION_COLUMNS, "--caption_column", f"--images {args.images}")
+    image = find_column(rows, args.image_column, IMAGE_COLUMNS, "--image_column", f"--images {args.images}")
     count = min(len(rows), args.max_rows or len(rows))
     captions = [rows[i][caption] for i in range(count)]
-    check_captions(captions, f"--pictures {args.pictures}")
-    # Read all before anything is drawn: a broken file shows in minutes, not after hours.
-    for i in tqdm(range(count), desc="Reading pictures", unit="picture"):
-        open_picture(rows[i][picture], root, f"--pictures {args.pictures}: row {i}")
+    check_captions(captions, f"--images {args.images}")
+    # Read all before anything is generated: a broken file shows in minutes, not after hours.
+    for i in tqdm(range(count), desc="Reading images", unit="image"):
+        open_image(rows[i][image], root, f"--images {args.images}: row {i}")
     begin(args, work)
-    log = JsonLines(work / "pictures.jsonl")
+    log = JsonLines(work / "images.jsonl")
     jobs = [
         {"row": i, "prompt": captions[i], "noise_seed": noise_seed(i, args.seed), "path": f"losers/{i:06d}.png"}
         for i in range(count)
     ]
-    draw("losers", args.model, jobs, log, work, args)
+    generate_images("losers", args.model, jobs, log, work, args)
     model = json.dumps(args.model) if len(args.model) > 1 else args.model["base"]
     pairs = [
         (
             captions[job["row"]],
-            side(rows[job["row"]][picture], root, model="data"),
+            side(rows[job["row"]][image], root, model="data"),
             side(job["path"], work, model=model, seed=job["noise_seed"], prompt=job["prompt"]),
         )
         for job in jobs
@@ -331,7 +335,7 @@ def pairs_from_captions(args: argparse.Namespace, work: Path) -> tuple[list, dic
     captions = [row["prompt"] for row in rows]
     begin(args, work)
     contexts = write_contexts(captions, args, work)
-    log, sides = JsonLines(work / "pictures.jsonl"), {}
+    log, sides = JsonLines(work / "images.jsonl"), {}
     for kind, spec, template in (
         ("winners", args.model, args.winner_template),
         ("losers", args.loser_model, args.loser_template),
@@ -345,7 +349,7 @@ def pairs_from_captions(args: argparse.Namespace, work: Path) -> tuple[list, dic
             }
             for i, context in contexts.items()
         ]
-        draw(kind, spec, jobs, log, work, args)
+        generate_images(kind, spec, jobs, log, work, args)
         model = json.dumps(spec) if len(spec) > 1 else spec["base"]
         sides[kind] = {
             job["row"]: side(job["path"], work, model=model, seed=job["noise_seed"], prompt=job["prompt"])
@@ -370,16 +374,16 @@ def judge_sides(sides: list[dict], captions: list[str], args: argparse.Namespace
     how = f"{args.judge_model} | {args.judge_criterion}"
     log = JsonLines(work / "judgements.jsonl")
     done = {row["path"]: row["score"] for row in log.rows if row["how"] == how}
-    missing = [(s, caption) for s, caption in zip(sides, captions) if s["picture"] not in done]
+    missing = [(s, caption) for s, caption in zip(sides, captions) if s["image"] not in done]
     if missing:
         judge: Judge = load_metric("judge", args)
 
         def rate(item: tuple) -> dict:
-            path = item[0]["picture"]
-            score = judge.rate(open_picture(path, work, path), item[1])
+            path = item[0]["image"]
+            score = judge.rate(open_image(path, work, path), item[1])
             return {"path": path, "score": score if np.isfinite(score) else None, "how": how}
 
-        with tqdm(total=len(sides), initial=len(done), desc="Judging", unit="picture") as bar:
+        with tqdm(total=len(sides), initial=len(done), desc="Judging", unit="image") as bar:
             for row in do_all(rate, missing, judge.model.workers):
                 log.add(row)
                 done[row["path"]] = row["score"]
@@ -387,10 +391,11 @@ def judge_sides(sides: list[dict], captions: list[str], args: argparse.Namespace
         del judge, rate
         free_memory()
     for s in sides:
-        s["score"] = done[s["picture"]]
+        s["score"] = done[s["image"]]
     if all(s["score"] is None for s in sides):
         fail(
-            f"--judge_model {args.judge_model}: none of its answers had the form RATING: 7; delete {log.path} to retry"
+            f"--judge_model {args.judge_model}: none of its answers had the form RATING: 7 within --judge_max_tokens "
+            f"{args.judge_max_tokens}; delete {log.path} to retry"
         )
 
 
@@ -409,14 +414,14 @@ def keep_judged(pairs: list, args: argparse.Namespace) -> tuple[list, dict]:
 
 
 def pairs_from_scores(args: argparse.Namespace, work: Path) -> tuple[list, dict]:
-    path = args.scores or args.pictures / "scores.jsonl"
+    path = args.scores or args.images / "scores.jsonl"
     if not path.exists():
         fail(f"--scores {path} isn't there: run evaluation/score.py first")
     rows = JsonLines(path).rows
     if missing := next(
         (name for row in rows for name in ("metric", "prompt", "path", "score") if name not in row), None
     ):
-        fail(f"--scores {path}: a row without {missing}: it must come from evaluation/score.py, on pictures in files")
+        fail(f"--scores {path}: a row without {missing}: it must come from evaluation/score.py, on images in files")
     if args.metric not in {row["metric"] for row in rows}:
         fail(f"--metric {args.metric}: {path} has only {', '.join(sorted({row['metric'] for row in rows}))}")
     groups = {}
@@ -425,32 +430,25 @@ def pairs_from_scores(args: argparse.Namespace, work: Path) -> tuple[list, dict]
             groups.setdefault(row["prompt"], []).append(row)
     check_captions(list(groups), f"--scores {path}")
     begin(args, work)
-    pairs, counts = [], {"captions with one picture": 0, "captions without a pair beyond the margin": 0}
+    pairs, counts = [], {"captions with one image": 0, "captions without a pair beyond the margin": 0}
     for prompt, group in itertools.islice(groups.items(), args.max_rows):
         group.sort(key=lambda row: -row["score"])
         couples = itertools.combinations(group, 2) if args.mode == "all" else [(group[0], group[-1])]
         found = [(a, b) for a, b in couples if a["score"] - b["score"] > args.min_margin]
-        counts["captions with one picture"] += len(group) == 1
+        counts["captions with one image"] += len(group) == 1
         counts["captions without a pair beyond the margin"] += len(group) > 1 and not found
         for couple in found:
             facts = (
                 {"score": row["score"], "model": row.get("model"), "seed": row.get("seed"), "prompt": prompt}
                 for row in couple
             )
-            pairs.append((prompt, *(side(row["path"], args.pictures, **f) for row, f in zip(couple, facts))))
+            pairs.append((prompt, *(side(row["path"], args.images, **f) for row, f in zip(couple, facts))))
     return pairs, counts
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Output
 # ---------------------------------------------------------------------------------------------------------------------
-
-
-def file_bytes(value, root: Path) -> bytes:
-    """The picture's file as it is."""
-    if isinstance(value, dict):
-        value = value["bytes"] if value.get("bytes") is not None else value["path"]
-    return value if isinstance(value, bytes) else (root / value).read_bytes()
 
 
 def write_parquet(pairs: list, winner_first: np.ndarray, path: Path) -> None:
@@ -469,13 +467,13 @@ def write_parquet(pairs: list, winner_first: np.ndarray, path: Path) -> None:
             for first, (caption, *sides) in zip(winner_first[start:], pairs[start : start + 64]):
                 row = {"caption": caption, "label_0": float(first), "label_1": float(not first), "has_label": True}
                 for i, s in enumerate(sides if first else sides[::-1]):
-                    row[f"jpg_{i}"] = file_bytes(s["picture"], s["root"])
+                    row[f"jpg_{i}"] = file_bytes(s["image"], s["root"])
                     row |= {f"{name}_{i}": s[name] for name in ("score", "model", "seed", "prompt")}
                 rows.append(row)
             writer.write_table(pa.Table.from_pylist(rows, schema))
 
 
-def draw_contact_sheet(pairs: list, side_length: int = 160) -> Image.Image:
+def make_contact_sheet(pairs: list, side_length: int = 160) -> Image.Image:
     """At most 24 pairs spread over the data, chosen on the left, rejected on the right."""
     picked = [pairs[i] for i in np.unique(np.linspace(0, len(pairs) - 1, min(24, len(pairs))).astype(int))]
     columns, head = min(4, len(picked)), 40
@@ -487,18 +485,19 @@ def draw_contact_sheet(pairs: list, side_length: int = 160) -> Image.Image:
         lines = textwrap.wrap(caption, 2 * side_length // 7)[:2]
         pen.multiline_text((x, y + 6), "\n".join(lines), "black", ImageFont.load_default(12))
         for i, s in enumerate(sides):
-            picture = open_picture(s["picture"], s["root"], "contact sheet")
-            picture = ImageOps.contain(picture, (side_length, side_length), Image.Resampling.LANCZOS)
-            sheet.paste(picture, (x + i * (side_length + 4), y + head))
+            image = open_image(s["image"], s["root"], "contact sheet")
+            image = ImageOps.contain(image, (side_length, side_length), Image.Resampling.LANCZOS)
+            sheet.paste(image, (x + i * (side_length + 4), y + head))
             if s["score"] is not None:
-                pen.text((x + i * (side_length + 4) + 3, y + head), f"{s['score']:.3g}", "grey")
+                # readable on any image
+                place, text = (x + i * (side_length + 4) + 3, y + head), f"{s['score']:.3g}"
+                pen.text(place, text, "white", ImageFont.load_default(14), stroke_width=2, stroke_fill="black")
     return sheet
 
 
-def describe_pairs(pairs: list, winner_first: np.ndarray, counts: dict, args: argparse.Namespace) -> dict:
+def describe_pairs(pairs: list, winner_first: np.ndarray, counts: dict) -> dict:
     scores = np.array([[s["score"] for s in sides] for _, *sides in pairs if sides[0]["score"] is not None], float)
     statistics = {
-        "use": args.use,
         "pairs": len(pairs),
         "captions": len({caption for caption, *_ in pairs}),
         "winner is jpg_0": round(float(winner_first.mean()), 4),
@@ -509,20 +508,21 @@ def describe_pairs(pairs: list, winner_first: np.ndarray, counts: dict, args: ar
         if not np.isnan(scores[:, 1]).any():
             statistics |= {"mean score of losers": float(scores[:, 1].mean())}
     for i, kind in enumerate(("winners", "losers")):
-        statistics[f"models of {kind}"] = ", ".join(sorted({str(sides[i]["model"]) for _, *sides in pairs}))
+        if models := sorted({sides[i]["model"] for _, *sides in pairs if sides[i]["model"]}):
+            statistics[f"models of {kind}"] = ", ".join(models)
     return statistics
 
 
-def write_card(statistics: dict, args: argparse.Namespace) -> None:
+def write_card(statistics: dict, command: str, settings: dict, path: Path) -> None:
     table = "\n".join(f"| {name} | {value} |" for name, value in statistics.items())
-    settings = "\n".join(f"| `{name}` | `{value}` |" for name, value in sorted(settings_of(args).items()))
+    settings = "\n".join(f"| `{name}` | `{value}` |" for name, value in sorted(settings.items()))
     text = f"""---
 task_categories:
 - text-to-image
 ---
 # Preference pairs
 
-Made by `pairs/build_preference_pairs.py {args.use}`. `label_0` is 1 where `jpg_0` is chosen.
+Made by `{command}`. `label_0` is 1 where `jpg_0` is chosen.
 
 ![chosen on the left, rejected on the right](contact_sheet.png)
 
@@ -534,8 +534,23 @@ Made by `pairs/build_preference_pairs.py {args.use}`. `label_0` is 1 where `jpg_
 |---|---|
 {settings}
 """
-    with whole_file(args.output_dir / "README.md") as aside:
+    with whole_file(path) as aside:
         aside.write_text(text, encoding="utf-8")
+
+
+def write_pairs(pairs: list, counts: dict, command: str, settings: dict, output_dir: Path, seed: int) -> None:
+    """The folder that the training scripts read; what `counts` says was left out stands in its README.md."""
+    left_out = ", ".join(f"{count} {reason}" for reason, count in counts.items() if count)
+    if not pairs:
+        fail(f"no pair is left ({left_out}): loosen the filters; all that came before stays")
+    winner_first = np.random.default_rng(seed).random(len(pairs)) < 0.5
+    write_parquet(pairs, winner_first, output_dir / PARQUET)
+    with whole_file(output_dir / "contact_sheet.png") as aside:
+        make_contact_sheet(pairs).save(aside, "PNG")
+    statistics = describe_pairs(pairs, winner_first, counts)
+    write_json(output_dir / "statistics.json", statistics)
+    write_card(statistics, command, settings, output_dir / "README.md")
+    print(f"{len(pairs)} pairs in {output_dir}" + (f"; left out: {left_out}" if left_out else ""))
 
 
 def main(args: argparse.Namespace) -> None:
@@ -543,22 +558,13 @@ def main(args: argparse.Namespace) -> None:
     if args.use != "from-scores":
         quiet_libraries()
     build = {
-        "from-pictures": pairs_from_pictures,
+        "from-images": pairs_from_images,
         "from-captions": pairs_from_captions,
         "from-scores": pairs_from_scores,
     }
     pairs, counts = build[args.use](args, work)
-    left_out = ", ".join(f"{count} {reason}" for reason, count in counts.items() if count)
-    if not pairs:
-        fail(f"no pair is left ({left_out}): loosen the filters; what was drawn and judged stays")
-    winner_first = np.random.default_rng(args.seed).random(len(pairs)) < 0.5
-    write_parquet(pairs, winner_first, args.output_dir / PARQUET)
-    with whole_file(args.output_dir / "contact_sheet.png") as aside:
-        draw_contact_sheet(pairs).save(aside, "PNG")
-    statistics = describe_pairs(pairs, winner_first, counts, args)
-    write_json(args.output_dir / "statistics.json", statistics)
-    write_card(statistics, args)
-    print(f"{len(pairs)} pairs in {args.output_dir}" + (f"; left out: {left_out}" if left_out else ""))
+    command = f"pairs/build_preference_pairs.py {args.use}"
+    write_pairs(pairs, counts, command, settings_of(args), args.output_dir, args.seed)
 
 
 if __name__ == "__main__":

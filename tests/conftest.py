@@ -20,8 +20,8 @@ LAUNCH = [sys.executable, "-m", "accelerate.commands.launch", str(REPO / "train_
 
 # A run of seconds; flags of a test come after these and win.
 SHORT = (
-    "--max_train_steps=4 --train_batch_size=4 --max_train_samples=16 --validation_inference_steps=2 --logging_steps=2 "
-    "--validation_prompts rocket"
+    "--max_train_steps=4 --train_batch_size=4 --max_train_samples=16 --validation_num_inference_steps=2 "
+    "--num_validation_pairs=4 --validation_prompts rocket"
 ).split()
 
 
@@ -69,9 +69,9 @@ def read_weights(out: Path) -> dict:
     return load_file(out / "unet" / "diffusion_pytorch_model.safetensors")
 
 
-def picture_bytes(picture, kind: str = "PNG") -> bytes:
+def image_bytes(image, kind: str = "PNG") -> bytes:
     buffer = io.BytesIO()
-    picture.save(buffer, format=kind)
+    image.save(buffer, format=kind)
     return buffer.getvalue()
 
 

@@ -16,7 +16,7 @@ from accelerate.commands.config.config_args import ClusterConfig, load_config_fr
 from accelerate.commands.launch import _validate_launch_command, launch_command_parser
 from conftest import REPO, read_weights
 from PIL import Image
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from small_model import write_model, write_pairs
 
 
@@ -32,8 +32,8 @@ def base(tmp_path_factory) -> list[str]:
     folder = tmp_path_factory.mktemp("base")
     model, pairs = write_model(folder / "model"), write_pairs(folder / "p.parquet")
     flags = f"--pretrained_model_name_or_path={model} --dataset_name={pairs} --resolution=32 --max_train_steps=4 "
-    flags += "--checkpointing_steps=2 --logging_steps=2 --learning_rate=1e-2 --adam_epsilon=1e-2 --random_flip "
-    return (flags + "--validation_inference_steps=2 --validation_prompts rocket fox camera").split()
+    flags += "--checkpointing_steps=2 --learning_rate=1e-2 --adam_epsilon=1e-2 --random_flip "
+    return (flags + "--validation_num_inference_steps=2 --validation_prompts rocket fox camera").split()
 
 
 @pytest.fixture
@@ -67,6 +67,11 @@ def difference(a: Path, b: Path) -> float:
     return max((first[name] - second[name]).abs().max().item() for name in first)
 
 
+def images_in(cache: str) -> dict[str, dict]:
+    """Encoded images by their folder and file."""
+    return {"/".join(p.parts[-4:]): load_file(p) for p in Path(cache).rglob("images-*/**/*.safetensors")}
+
+
 def forget_the_end(out: Path) -> None:
     """As a kill after step 2 would leave it."""
     shutil.rmtree(out / "checkpoint-4")
@@ -78,10 +83,12 @@ def test_two_processes_do_what_one_does_with_accumulation_validation_and_caches(
     two = run(TORCHRUN, "two", "--train_batch_size=1", "--gradient_accumulation_steps=2", "--validation_steps=2")
 
     assert difference(one, two) < 1e-5 < 1e-3 < difference(Path(base[0].split("=")[1]), two)
-    caches = [next(Path(f"{out}-cache").rglob("latents.npy")) for out in (one, two)]
-    assert caches[0].parent.name == caches[1].parent.name
-    a, b = (np.load(path).astype(np.float32) for path in caches)
-    assert a.shape == (8, 2, 2, 4, 8, 8) and np.abs(a - b).max() < 4e-3
+    first, second = images_in(f"{one}-cache"), images_in(f"{two}-cache")
+    assert first.keys() == second.keys() and len(first) == 16
+    for name, a in first.items():
+        b = second[name]
+        assert a["latents"].shape == (2, 4, 8, 8) and torch.equal(a["time_ids"], b["time_ids"])
+        assert (a["latents"].float() - b["latents"].float()).abs().max() < 4e-3
     assert [path.name for path in (two / "validation").iterdir()] == ["2.png"]
     grids = [np.asarray(Image.open(out / "before_after.png")).astype(int) for out in (one, two)]
     assert grids[0].shape == grids[1].shape and np.abs(grids[0] - grids[1]).max() <= 2
@@ -98,9 +105,9 @@ def test_two_processes_do_what_one_does_with_accumulation_validation_and_caches(
 
 def test_a_step_that_is_not_finite_in_one_process_is_skipped_in_both(run, base, tmp_path):
     one = run(ONE, "one", BATCH_OF_ONE)
-    latents = np.load(next(Path(f"{one}-cache").rglob("latents.npy")), mmap_mode="r+")
-    latents[3] = np.nan  # a pair of the second process, or of the first: in any case of one
-    latents.flush()
+    path = sorted(Path(f"{one}-cache").rglob("images-*/**/*.safetensors"))[3]  # of one pair, so of one process
+    tensors = load_file(path)
+    save_file(tensors | {"latents": tensors["latents"] * torch.nan}, path)
     shutil.copytree(f"{one}-cache", tmp_path / "two-cache")
     shutil.rmtree(one)
 
@@ -112,7 +119,7 @@ def test_a_step_that_is_not_finite_in_one_process_is_skipped_in_both(run, base, 
 
 def test_a_signal_to_one_process_has_both_stop_with_one_checkpoint(base, tmp_path):
     out = tmp_path / "out"
-    flags = [*base, "--max_train_steps=5000", "--checkpointing_steps=5000", "--logging_steps=1", BATCH_OF_TWO]
+    flags = [*base, "--max_train_steps=5000", "--checkpointing_steps=5000", BATCH_OF_TWO]
     command = [*TORCHRUN, SCRIPT, *flags, f"--output_dir={out}", f"--cache_dir={tmp_path / 'cache'}"]
     env = os.environ | {"ACCELERATE_USE_CPU": "true"}
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=env) as process:

@@ -1,9 +1,9 @@
 """pairs/build_preference_pairs.py on the demo's model, with a chat server on loopback that speaks the protocol."""
 
 import base64
-import hashlib
 import io
 import json
+import math
 import os
 import re
 import signal
@@ -16,6 +16,7 @@ from pathlib import Path
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
+import small_model
 import torch
 from conftest import REPO, rows_of, start
 from PIL import Image
@@ -25,8 +26,8 @@ from pairs import build_preference_pairs as pairs
 
 
 pytestmark = pytest.mark.usefixtures("one_thread")
-MODEL = str(REPO / "demo" / "sdxl-tiny-twemoji")
-DRAW = ("--resolution=64", "--num_inference_steps=2", "--guidance_scale=3", "--device=cpu")
+MODEL = str(small_model.MODEL)
+GENERATE = ("--resolution=64", "--num_inference_steps=2", "--guidance_scale=3", "--device=cpu")
 KEY = "sk-a-secret-of-the-user"
 CONTEXT = "A small {} stands on a wooden table beside an open window while the morning sun falls on the floor."
 
@@ -36,7 +37,7 @@ def build(*flags) -> None:
 
 
 def finish(process: subprocess.Popen) -> str:
-    said, errors = process.communicate(timeout=240)
+    said, errors = process.communicate(timeout=900)
     assert process.returncode == 0, said + errors
     return said
 
@@ -58,7 +59,7 @@ def train_two_steps(data: Path, out: Path) -> str:
             "--train_batch_size=2",
             "--resolution=64",
             "--learning_rate=1e-3",
-            "--validation_inference_steps=2",
+            "--validation_num_inference_steps=2",
             "--validation_prompts",
             "rocket",
             f"--output_dir={out}",
@@ -69,9 +70,9 @@ def train_two_steps(data: Path, out: Path) -> str:
 
 
 @pytest.fixture
-def pictures(tmp_path) -> Path:
-    """Six of Noto's drawings with their captions, as NAME.png and NAME.txt."""
-    folder = tmp_path / "pictures"
+def images(tmp_path) -> Path:
+    """Six of the chosen drawings with their captions, as NAME.png and NAME.txt."""
+    folder = tmp_path / "images"
     folder.mkdir()
     for i, row in enumerate(pq.read_table(REPO / "demo" / "pairs" / "train.parquet").slice(0, 6).to_pylist()):
         (folder / f"{i}.png").write_bytes(row["jpg_0"] if row["label_0"] == 1 else row["jpg_1"])
@@ -80,20 +81,20 @@ def pictures(tmp_path) -> Path:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# From pictures, and the whole way: train, draw, score, compare, and from scores
+# From images, and the whole way: train, generate, score, compare, and from scores
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def test_from_pictures_to_training_to_comparison_to_pairs_again(pictures, tmp_path, capsys):
+def test_from_images_to_training_to_comparison_to_pairs_again(images, tmp_path, capsys):
     out = tmp_path / "pairs"
-    build("from-pictures", f"--pictures={pictures}", f"--model={MODEL}", *DRAW, f"--output_dir={out}")
+    build("from-images", f"--images={images}", f"--model={MODEL}", *GENERATE, f"--output_dir={out}")
 
     rows = read_pairs(out)
-    assert [row["caption"] for row in rows] == [(pictures / f"{i}.txt").read_text().strip() for i in range(6)]
+    assert [row["caption"] for row in rows] == [(images / f"{i}.txt").read_text().strip() for i in range(6)]
     for i, row in enumerate(rows):
         winner, loser = (0, 1) if row["label_0"] == 1 else (1, 0)
         assert row["label_0"] + row["label_1"] == 1 and row["has_label"]
-        assert row[f"jpg_{winner}"] == (pictures / f"{i}.png").read_bytes()
+        assert row[f"jpg_{winner}"] == (images / f"{i}.png").read_bytes()
         assert row[f"jpg_{loser}"] == (out / "work" / "losers" / f"{i:06d}.png").read_bytes()
         assert row[f"model_{winner}"] == "data" and row[f"model_{loser}"] == MODEL
         assert row[f"seed_{loser}"] == 100_003 * i and row[f"prompt_{loser}"] == row["caption"]
@@ -110,24 +111,31 @@ def test_from_pictures_to_training_to_comparison_to_pairs_again(pictures, tmp_pa
             )
             x = column * 340 + 8 + left
             shown = np.asarray(sheet.crop((x, 40, x + 160, 200))).astype(int)
-            assert np.abs(shown - np.asarray(expected)).mean() < 25  # transparency is drawn on white there
+            assert np.abs(shown - np.asarray(expected)).mean() < 25  # transparency is white there
 
     train_two_steps(out, tmp_path / "tuned")
 
     (tmp_path / "prompts.txt").write_text("rocket\nred apple\ngrinning face\n")
-    flags = [f"--prompts={tmp_path / 'prompts.txt'}", "--seeds", "0", "1", *DRAW, f"--output_dir={tmp_path / 'eval'}"]
+    flags = [
+        f"--prompts={tmp_path / 'prompts.txt'}",
+        "--seeds",
+        "0",
+        "1",
+        *GENERATE,
+        f"--output_dir={tmp_path / 'eval'}",
+    ]
     generate.main(generate.parse_args([*flags, "--models", f"base={MODEL}", f"tuned={tmp_path / 'tuned'}"]))
     score.main(score.parse_args([str(tmp_path / "eval"), "--metrics", "style"]))
     compare.main(compare.parse_args([str(tmp_path / "eval"), "--base", "base"]))
     scored = rows_of(tmp_path / "eval" / "scores.jsonl")
     means = {name: np.mean([row["score"] for row in scored if row["model"] == name]) for name in ("base", "tuned")}
     (result,) = json.loads((tmp_path / "eval" / "report.json").read_text())["results"]
-    assert len(scored) == 12 and result["pictures"] == 6 and result["prompts"] == 3
+    assert len(scored) == 12 and result["images"] == 6 and result["prompts"] == 3
     assert result["difference"] == pytest.approx(means["tuned"] - means["base"]) and result["difference"] != 0
     assert result["difference_interval"][0] <= result["difference"] <= result["difference_interval"][1]
 
     best = tmp_path / "best"
-    build("from-scores", f"--pictures={tmp_path / 'eval'}", "--metric=style", f"--output_dir={best}")
+    build("from-scores", f"--images={tmp_path / 'eval'}", "--metric=style", f"--output_dir={best}")
     rows = read_pairs(best)
     assert [row["caption"] for row in rows] == ["rocket", "red apple", "grinning face"]
     for row in rows:
@@ -140,7 +148,7 @@ def test_from_pictures_to_training_to_comparison_to_pairs_again(pictures, tmp_pa
 
     every, margin = tmp_path / "every", 0.2
     flags = ["--metric=style", "--mode=all", f"--min_margin={margin}", f"--output_dir={every}"]
-    build("from-scores", f"--pictures={tmp_path / 'eval'}", *flags)
+    build("from-scores", f"--images={tmp_path / 'eval'}", *flags)
     count = 0
     for prompt in ("rocket", "red apple", "grinning face"):
         values = [r["score"] for r in scored if r["prompt"] == prompt]
@@ -150,7 +158,7 @@ def test_from_pictures_to_training_to_comparison_to_pairs_again(pictures, tmp_pa
         build(
             *[
                 "from-scores",
-                f"--pictures={tmp_path / 'eval'}",
+                f"--images={tmp_path / 'eval'}",
                 "--min_margin=1000",
                 *flags[:2],
                 f"--output_dir={best}2",
@@ -158,35 +166,35 @@ def test_from_pictures_to_training_to_comparison_to_pairs_again(pictures, tmp_pa
         )
 
 
-def test_broken_pictures_and_captions_end_the_run_before_the_model_is_loaded(pictures, tmp_path):
-    flags = ["from-pictures", f"--pictures={pictures}", "--model=a/b", *DRAW, f"--output_dir={tmp_path / 'x'}"]
-    (pictures / "3.png").write_bytes((pictures / "3.png").read_bytes()[:200])
-    with pytest.raises(SystemExit, match="row 3: no readable picture .*: mend it or remove the row"):
+def test_broken_images_and_captions_end_the_run_before_the_model_is_loaded(images, tmp_path):
+    flags = ["from-images", f"--images={images}", "--model=a/b", *GENERATE, f"--output_dir={tmp_path / 'x'}"]
+    (images / "3.png").write_bytes((images / "3.png").read_bytes()[:200])
+    with pytest.raises(SystemExit, match="row 3: no readable image .*: mend it or remove the row"):
         build(*flags)
-    (pictures / "2.txt").write_text(" \n")
+    (images / "2.txt").write_text(" \n")
     with pytest.raises(SystemExit, match="row 2: the caption is ''"):
         build(*flags)
-    (pictures / "1.txt").unlink()
+    (images / "1.txt").unlink()
     with pytest.raises(SystemExit, match="no 1.txt with the caption beside 1.png"):
         build(*flags)
     (tmp_path / "table.csv").write_text("words,image\nrocket,a.png\n")
     with pytest.raises(SystemExit, match="no column caption or .* among words, image: name it with --caption_column"):
-        build("from-pictures", f"--pictures={tmp_path / 'table.csv'}", *flags[2:-1], f"--output_dir={tmp_path / 'y'}")
+        build("from-images", f"--images={tmp_path / 'table.csv'}", *flags[2:-1], f"--output_dir={tmp_path / 'y'}")
 
 
-def test_a_call_that_cannot_be_leaves_the_folder_to_the_mended_one(pictures, tmp_path):
+def test_a_call_that_cannot_be_leaves_the_folder_to_the_mended_one(images, tmp_path):
     (tmp_path / "empty").mkdir()
-    flags = [f"--model={MODEL}", *DRAW, f"--output_dir={tmp_path / 'x'}"]
-    with pytest.raises(SystemExit, match="--pictures .*empty: "):
-        build("from-pictures", f"--pictures={tmp_path / 'empty'}", *flags)
+    flags = [f"--model={MODEL}", *GENERATE, f"--output_dir={tmp_path / 'x'}"]
+    with pytest.raises(SystemExit, match="--images .*empty: "):
+        build("from-images", f"--images={tmp_path / 'empty'}", *flags)
     assert not (tmp_path / "x").exists()
-    build("from-pictures", f"--pictures={pictures}", "--max_rows=2", *flags)
+    build("from-images", f"--images={images}", "--max_rows=2", *flags)
     with pytest.raises(SystemExit, match="--output_dir .*: .*0.png is a file; name a folder"):
-        build("from-pictures", f"--pictures={pictures}", *flags, f"--output_dir={pictures / '0.png'}")
+        build("from-images", f"--images={images}", *flags, f"--output_dir={images / '0.png'}")
 
 
-def test_other_settings_need_another_folder(pictures, tmp_path):
-    flags = ["from-pictures", f"--pictures={pictures}", f"--model={MODEL}", *DRAW, f"--output_dir={tmp_path / 'x'}"]
+def test_other_settings_need_another_folder(images, tmp_path):
+    flags = ["from-images", f"--images={images}", f"--model={MODEL}", *GENERATE, f"--output_dir={tmp_path / 'x'}"]
     build(*flags)
     with pytest.raises(SystemExit, match="was begun with seed 0, now 1: name another folder"):
         build(*flags, "--seed=1")
@@ -197,17 +205,32 @@ def test_other_settings_need_another_folder(pictures, tmp_path):
 # ---------------------------------------------------------------------------------------------------------------------
 
 
+RATINGS = (8, 2, 5, 6, 9, 9, 7, 1, 3, 10, 10, 4, 6, 8, 1, 7, 2, 3)
+REFUSALS = {
+    "max_tokens": "Unsupported parameter: 'max_tokens' is not supported with this model. Use "
+    "'max_completion_tokens' instead.",
+    "temperature": "Unsupported value: 'temperature' does not support 0.7 with this model.",
+    "logprobs": "You are not allowed to request logprobs from this model.",
+    "messages": "These messages are too long.",
+}
+
+
 class ChatServer:
     """An OpenAI-compatible server on loopback.
 
     Attributes:
         troubles: what the next requests meet before all goes well: a status, "garbage", "silence" or "kill".
         malformed: text in a request -> answers to give before a good one, again and again if one only.
-        requests: all requests that were answered well, with their text and whether they had a picture.
+        requests: all requests that were answered well, with their text and whether they had an image.
+        bodies: the whole of each request that was answered well.
+        refuses: parameters that it answers with 400, as OpenAI's newer models do.
+        logprobs: text in a request -> the logprobs of the answer.
+        seen: bytes of the images that it was shown, in their order: it rates the first one by RATINGS[0] and so on.
     """
 
     def __init__(self) -> None:
         self.troubles, self.malformed, self.requests, self.keys, self.victim = [], {}, [], set(), None
+        self.bodies, self.refuses, self.logprobs, self.seen = [], [], {}, []
         self.kill_at, self.lock = None, threading.Lock()
         server = self
 
@@ -226,12 +249,18 @@ class ChatServer:
                     return self.reply(200, b'{"choices": []}')
                 if isinstance(trouble, int):
                     return self.reply(trouble, f'{{"error": "bad key {KEY}"}}'.encode(), {"Retry-After": "0.05"})
+                if refused := [name for name in server.refuses if name in body]:
+                    return self.reply(400, json.dumps({"error": {"message": REFUSALS[refused[0]]}}).encode())
                 with server.lock:
+                    server.bodies.append(body)
                     text = server.answer(body["messages"][0]["content"])
                     if server.kill_at is not None and len(server.requests) >= server.kill_at:
                         server.kill_at = None
                         os.kill(server.victim.pid, signal.SIGKILL)
                 choice = {"index": 0, "finish_reason": "stop", "message": {"role": "assistant", "content": text}}
+                for mark, logprobs in server.logprobs.items():
+                    if mark in str(body["messages"]):
+                        choice["logprobs"] = logprobs
                 self.reply(200, json.dumps({"object": "chat.completion", "choices": [choice]}).encode())
 
             def reply(self, status: int, data: bytes, headers: dict[str, str] = {}) -> None:
@@ -252,24 +281,30 @@ class ChatServer:
         threading.Thread(target=self.http.serve_forever, daemon=True).start()
 
     def answer(self, content) -> str:
-        text, picture = content, None
+        text, images = content, []
         if isinstance(content, list):
             text = next(part["text"] for part in content if part["type"] == "text")
-            url = next(part["image_url"]["url"] for part in content if part["type"] == "image_url")
-            picture = Image.open(io.BytesIO(base64.b64decode(url.removeprefix("data:image/png;base64,"))))
-        self.requests.append((text, picture is not None))
+            urls = [part["image_url"]["url"] for part in content if part["type"] == "image_url"]
+            images = [base64.b64decode(url.removeprefix("data:image/png;base64,")) for url in urls]
+            images = [Image.open(io.BytesIO(data)).convert("RGB") for data in images]
+        self.requests.append((text, bool(images)))
         for mark, answers in self.malformed.items():
             if mark in text:
                 return answers.pop(0) if len(answers) > 1 else answers[0]
-        if picture is not None:
-            return f"ANALYSIS: I looked at it.\nRATING: {rating_of(picture)}"
+        if len(images) == 2:
+            first, second = (np.asarray(image).mean() for image in images)
+            return f"ANALYSIS: I like it bright.\nCHOICE: {'A' if first > second else 'B'}"
+        if images:
+            return f"ANALYSIS: I looked at it.\nRATING: {self.rating_of(images[0])}"
         caption = text.rpartition("The prompt: ")[2]
         return f"Sure!\n[[PROMPT]] {CONTEXT.format(caption)} [[PROMPT]]"
 
-
-def rating_of(picture: Image.Image) -> int:
-    """1 to 10, from the pixels."""
-    return 1 + hashlib.sha256(picture.convert("RGB").tobytes()).digest()[0] % 10
+    def rating_of(self, image: Image.Image) -> int:
+        """By the order in which images were first shown, since their pixels differ between processors."""
+        data = image.convert("RGB").tobytes()
+        if data not in self.seen:
+            self.seen.append(data)
+        return RATINGS[self.seen.index(data)]
 
 
 @pytest.fixture
@@ -293,16 +328,20 @@ def caption_flags(server: ChatServer, tmp_path: Path, *more) -> list[str]:
         "--judge_model=tiny",
         f"--judge_endpoint={server.url}",
     ]
-    flags += ["--judge_criterion=the picture is a cartoon", "--endpoint_timeout=1", "--endpoint_backoff=0.02"]
-    return [*flags, *DRAW, f"--output_dir={tmp_path / 'out'}", *more]
+    flags += ["--judge_criterion=the image is a cartoon", "--endpoint_timeout=1", "--endpoint_backoff=0.02"]
+    return [*flags, *GENERATE, f"--output_dir={tmp_path / 'out'}", *more]
 
 
 def test_from_captions(server, tmp_path, capsys):
     server.troubles = [429, 500, "garbage", "shape", "silence"]
     server.malformed = {
-        "The prompt: red apple": ["no tags", "[[PROMPT]] too short [[PROMPT]]", f"[[PROMPT]]{CONTEXT}[[PROMPT]]"],
+        "The prompt: red apple": [
+            "no tags",
+            "[[PROMPT]] too short [[PROMPT]]",
+            f"[[PROMPT]]{CONTEXT.format('red apple')}[[PROMPT]]",
+        ],
         "The prompt: rocket": [f"[[PROMPT]] A cartoon of {CONTEXT} [[PROMPT]]"],
-        "was asked for: A small yellow duck": ["It is a fine picture, I would say 9."],
+        "was asked for: A small yellow duck": ["It is a fine image, I would say 9."],
     }
     build(*caption_flags(server, tmp_path, "--endpoint_workers=1"))
 
@@ -316,9 +355,9 @@ def test_from_captions(server, tmp_path, capsys):
         "context": CONTEXT.format("green tree"),
         "rejected": [],
     }
-    drawn = {row["path"]: row for row in rows_of(work / "pictures.jsonl")}
-    assert drawn["winners/000003.png"]["prompt"] == "cartoon style, " + CONTEXT.format("green tree")
-    assert drawn["losers/000003.png"]["prompt"] == CONTEXT.format("green tree") and len(drawn) == 14
+    generated = {row["path"]: row for row in rows_of(work / "images.jsonl")}
+    assert generated["winners/000003.png"]["prompt"] == "cartoon style, " + CONTEXT.format("green tree")
+    assert generated["losers/000003.png"]["prompt"] == CONTEXT.format("green tree") and len(generated) == 14
 
     judged = {row["path"]: row["score"] for row in rows_of(work / "judgements.jsonl")}
     kept = []
@@ -327,13 +366,13 @@ def test_from_captions(server, tmp_path, capsys):
         if caption in ("rocket", "yellow duck"):
             assert scores == [None, None]
             continue
-        assert scores == [rating_of(Image.open(work / kind / f"{i:06d}.png")) for kind in ("winners", "losers")]
+        assert scores == [server.rating_of(Image.open(work / kind / f"{i:06d}.png")) for kind in ("winners", "losers")]
         kept += [(CONTEXT.format(caption), *scores)] if scores[0] > 5 else []
     found = []
     for row in read_pairs(tmp_path / "out"):
         winner, loser = (0, 1) if row["label_0"] == 1 else (1, 0)
         found.append((row["caption"], row[f"score_{winner}"], row[f"score_{loser}"]))
-    assert found == kept and 0 < len(kept) < 6
+    assert found == kept and 0 < len(kept) < 6 and len(server.seen) == 12
 
     assert server.keys == {f"Bearer {KEY}"}
     everything = "".join(
@@ -359,27 +398,27 @@ def test_from_captions_killed_in_each_stage_loses_and_repeats_nothing(server, tm
         server.kill_at = at
         server.victim = process = start("pairs/build_preference_pairs.py", *flags)
         if at is None:
-            log = work / "pictures.jsonl"
+            log = work / "images.jsonl"
             while not (log.exists() and log.read_text().count("\n") >= 3):
                 assert process.poll() is None, process.communicate()[1]
                 time.sleep(0.005)
             process.send_signal(signal.SIGKILL)
-        process.communicate(timeout=120)
+        process.communicate(timeout=600)
         assert process.returncode == -signal.SIGKILL
 
     run_and_kill(at=4)  # while the fourth context is written
     assert len(rows_of(work / "contexts.jsonl")) == 3
-    run_and_kill(at=None)  # while pictures are drawn
+    run_and_kill(at=None)  # while images are generated
     assert len(rows_of(work / "contexts.jsonl")) == 8
     times = {path: path.stat().st_mtime_ns for path in (work / "winners").glob("0*.png")}
     assert 3 <= len(times) < 8
-    run_and_kill(at=len(server.requests) + 5)  # while the fifth picture is judged
+    run_and_kill(at=len(server.requests) + 5)  # while the fifth image is judged
     assert len(rows_of(work / "judgements.jsonl")) == 4
     assert not (tmp_path / "out" / pairs.PARQUET).exists()
     build(*flags)
 
     assert all(path.stat().st_mtime_ns == time_ns for path, time_ns in times.items())
-    assert [len(rows_of(work / name)) for name in ("contexts.jsonl", "pictures.jsonl", "judgements.jsonl")] == [
+    assert [len(rows_of(work / name)) for name in ("contexts.jsonl", "images.jsonl", "judgements.jsonl")] == [
         8,
         16,
         16,
@@ -420,6 +459,119 @@ def test_an_endpoint_that_fails_ends_the_run_in_one_line(server, tmp_path, troub
     assert KEY not in str(done.value) and "\n" not in str(done.value)
 
 
+def test_parameters_that_an_endpoint_refuses_are_left_out(server, tmp_path):
+    server.refuses = ["max_tokens", "temperature", "logprobs"]
+    flags = ["--max_rows=2", "--min_score=0", "--endpoint_workers=1"]
+    build(*caption_flags(server, tmp_path, *flags))
+    assert len(read_pairs(tmp_path / "out")) == 2 and len(server.bodies) == 2 + 4
+    for body in server.bodies:
+        assert not {"max_tokens", "temperature", "logprobs"} & body.keys()
+    assert {body["max_completion_tokens"] for body in server.bodies} == {160, 512}
+
+    server.refuses = ["messages"]
+    with pytest.raises(SystemExit, match="--llm_endpoint http.*: status 400: .*These messages are too long"):
+        build(*caption_flags(server, tmp_path, *flags, f"--output_dir={tmp_path / 'other'}"))
+
+
+def test_contents_in_parts_reasoning_and_more_fields(server, tmp_path):
+    context = f"<think>[[PROMPT]] no, not so [[PROMPT]]</think>[[PROMPT]] {CONTEXT.format('red apple')} [[PROMPT]]"
+    rating = "<think>RATING: 3? No.</think>ANALYSIS: good\nRATING: 8"
+    server.malformed = {"The prompt": [[{"type": "text", "text": context}]], "You rate": [rating]}
+    fields = '{"chat_template_kwargs": {"enable_thinking": true}}'
+    flags = ["--max_rows=1", "--judge_max_tokens=4000", "--endpoint_workers=1", f"--endpoint_fields={fields}"]
+    build(*caption_flags(server, tmp_path, *flags))
+    (row,) = read_pairs(tmp_path / "out")
+    assert row["caption"] == CONTEXT.format("red apple") and row["score_0"] == row["score_1"] == 8
+    assert all(body["chat_template_kwargs"] == {"enable_thinking": True} for body in server.bodies)
+    assert [body["max_tokens"] for body in server.bodies] == [160, 4000, 4000]
+
+
+def logprobs(*tokens) -> dict:
+    """As the API words them: each token with its alternatives and their probabilities."""
+    return {
+        "content": [
+            {"token": token, "top_logprobs": [{"token": other, "logprob": math.log(p)} for other, p in likely.items()]}
+            for token, likely in tokens
+        ]
+    }
+
+
+def grey_images(folder: Path) -> None:
+    """As generate.py leaves them; the base's are dark, the other's brighter for the first prompt, alike for the
+    second."""
+    for model, levels in (("base", (60, 60)), ("tuned", (180, 60))):
+        for i, level in enumerate(levels):
+            path = Path("images", model, f"{i}.png")
+            (folder / path).parent.mkdir(parents=True, exist_ok=True)
+            Image.new("L", (32, 32), level).save(folder / path)
+            row = {"model": model, "prompt_id": i, "seed": 0, "prompt": f"prompt {i}", "path": str(path)}
+            with open(folder / "images.jsonl", "a") as file:
+                file.write(json.dumps(row) + "\n")
+
+
+def score_images(*flags) -> None:
+    score.main(score.parse_args([str(flag) for flag in flags]))
+
+
+def test_ratings_by_an_endpoint_are_means_over_the_likely_ones(server, tmp_path):
+    grey_images(tmp_path)
+    server.malformed = {"You rate": ["RATING: 8"]}
+    server.logprobs = {"prompt 0": logprobs(("RATING: ", {"RATING: ": 1.0}), ("8", {"8": 0.5, "7": 0.25, "9": 0.125}))}
+    score_images(tmp_path, "--metrics=judge", f"--judge_endpoint={server.url}", "--weights=judge=tiny")
+    scores = {(row["model"], row["prompt_id"]): row["score"] for row in rows_of(tmp_path / "scores.jsonl")}
+    assert scores["base", 0] == pytest.approx((4 + 1.75 + 1.125) / 0.875) and scores["base", 1] == 8
+    assert all(body["logprobs"] and body["top_logprobs"] == 20 for body in server.bodies)
+
+
+def test_pairwise_judge_asks_both_orders(server, tmp_path, capsys):
+    grey_images(tmp_path)
+    flags = ["--metrics=pairwise", f"--judge_endpoint={server.url}", "--weights=judge=tiny"]
+    with pytest.raises(SystemExit, match="--metrics pairwise needs --base NAME"):
+        score_images(tmp_path, *flags)
+    with pytest.raises(SystemExit, match="--base nobody: the images have only base, tuned"):
+        score_images(tmp_path, *flags, "--base=nobody")
+    score_images(tmp_path, *flags, "--base=base")
+    scores = {(row["model"], row["prompt_id"]): row["score"] for row in rows_of(tmp_path / "scores.jsonl")}
+    # The brighter one wins from either place; of two alike the judge always takes B, which is no preference.
+    assert scores == {("base", 0): 0.5, ("base", 1): 0.5, ("tuned", 0): 1.0, ("tuned", 1): 0.5}
+    assert len(server.requests) == 4
+    compare.main(compare.parse_args([str(tmp_path), "--base", "base"]))
+    (result,) = json.loads((tmp_path / "report.json").read_text())["results"]
+    assert result["win_rate"] == 0.75 and result["difference"] == 0.25
+
+    server.logprobs = {"prompt": logprobs(("CHOICE: ", {"CHOICE: ": 1.0}), ("A", {"A": 0.6, "B": 0.3}))}
+    server.malformed = {"You compare": ["CHOICE: A"]}  # by two to one for the first place
+    score_images(tmp_path, *flags, "--base=tuned", f"--output={tmp_path / 's.jsonl'}")
+    assert [row["score"] for row in rows_of(tmp_path / "s.jsonl")] == pytest.approx([0.5] * 4)
+
+    server.logprobs, server.malformed = {}, {}
+    data = [f"--pairs={REPO / 'demo' / 'pairs'}", "--split=test", "--max_rows=3"]
+    score_images(*data, *flags, f"--output={tmp_path / 'p.jsonl'}")
+    (said,) = re.findall(r"pairwise: agrees with ([\d.]+)% of 3 labels", capsys.readouterr().out)
+    rows = rows_of(tmp_path / "p.jsonl")
+    wins = [row["score"] > 0.5 for row in rows if row["model"] == "chosen"]
+    assert len(rows) == 6 and float(said) == pytest.approx(100 * np.mean(wins), abs=0.1)
+
+
+def test_vqa_is_the_probability_of_yes(server, tmp_path):
+    grey_images(tmp_path)
+    server.logprobs = {"prompt 0": logprobs(("Yes", {"Yes": 0.75, "No": 0.2}))}
+    score_images(tmp_path, "--metrics=vqa", f"--judge_endpoint={server.url}", "--weights=judge=tiny")
+    scores = {(row["model"], row["prompt_id"]): row["score"] for row in rows_of(tmp_path / "scores.jsonl")}
+    assert scores["base", 0] == pytest.approx(0.75) and scores["base", 1] is None
+    assert 'Does this figure show "prompt 0"? Please answer yes or no.' in [text for text, _ in server.requests]
+
+
+def test_scores_on_the_contact_sheet_are_readable_on_any_image():
+    for level in (0, 90, 128, 170, 255):
+        data = io.BytesIO()
+        Image.new("L", (64, 64), level).save(data, "PNG")
+        sides = [pairs.side(data.getvalue(), Path("."), score=7.25), pairs.side(data.getvalue(), Path("."))]
+        sheet = np.asarray(pairs.make_contact_sheet([("a caption", *sides)]).convert("L")).astype(int)
+        number = sheet[40:56, 8:40]
+        assert np.abs(number - level).max() > 120 and np.ptp(number) > 200, level
+
+
 def test_an_endpoint_that_is_down(server, tmp_path):
     flags = caption_flags(server, tmp_path, "--endpoint_tries=2")
     server.http.shutdown()
@@ -429,10 +581,10 @@ def test_an_endpoint_that_is_down(server, tmp_path):
 
 
 def test_a_judge_that_answers_nonsense(server, tmp_path):
-    server.malformed = {"You rate a picture": ["Lovely!"]}
+    server.malformed = {"You rate an image": ["Lovely!"]}
     with pytest.raises(SystemExit, match="--judge_model tiny: none of its answers had the form RATING: 7"):
         build(*caption_flags(server, tmp_path, "--max_rows=2", "--judge_tries=2"))
-    assert sum(with_picture for _, with_picture in server.requests) == 2 * 2 * 2
+    assert sum(with_image for _, with_image in server.requests) == 2 * 2 * 2
 
 
 @pytest.mark.parametrize(
@@ -476,7 +628,7 @@ def test_a_local_language_model_writes_and_its_nonsense_is_rejected(server, tmp_
         expected.append(
             model(torch.cat([inputs, torch.tensor([expected], dtype=int)], 1)).logits[0, -1].argmax().item()
         )
-    assert writer.ask("red apple", max_tokens=8) == tokenizer.decode(expected, skip_special_tokens=True)
+    assert writer.ask("red apple", max_tokens=8).text == tokenizer.decode(expected, skip_special_tokens=True)
 
     flags = [flag for flag in caption_flags(server, tmp_path, "--max_rows=2") if not flag.startswith("--llm")]
     flags += [f"--llm_model={tmp_path / 'llm'}", "--llm_tries=2", "--llm_max_tokens=12"]
@@ -507,7 +659,7 @@ def test_context_of_an_answer(answer, context, reason):
     assert pairs.read_context(answer, [*pairs.STYLE_WORDS, "ink"]) == (context, reason)
 
 
-@pytest.mark.parametrize("use", ["from-pictures", "from-captions", "from-scores"])
+@pytest.mark.parametrize("use", ["from-images", "from-captions", "from-scores"])
 def test_help_explains_itself(use, capsys):
     for argv in (["--help"], [use, "--help"]):
         with pytest.raises(SystemExit) as done:

@@ -7,7 +7,7 @@ import torch
 from conftest import REPO
 from safetensors.torch import save_file
 
-import reward_guidance
+from inference import reward_guidance
 
 
 MODEL = str(REPO / "demo" / "sdxl-tiny-twemoji")
@@ -24,7 +24,7 @@ def refused(tmp_path, monkeypatch, capsys):
     save_file({key: torch.zeros(2, 4) for key in ("clip_l", "clip_g")}, "run/learned_embeds.safetensors")
     (tmp_path / "torn" / "learned_embeds.safetensors").write_bytes(b"torn")
     named = [f"--pretrained_model_name_or_path={MODEL}", "--lora_dir=run", "--prompt=a <cat>", "--resolution=64"]
-    named += ["--token", "<cat>", "<hat>", "--initializer_token", "cat", "hat"]
+    named += ["--placeholder_token", "<cat>", "<hat>", "--initializer_token", "cat", "hat"]
 
     def run(*flags) -> str:
         with pytest.raises(SystemExit) as done:
@@ -51,17 +51,26 @@ def refused(tmp_path, monkeypatch, capsys):
         (["--no_such_flag"], "unrecognized arguments: --no_such_flag"),
         (["--output=/nope/x.png"], "--output /nope/x.png: no folder /nope; make it first"),
         (["--output=out"], "--output out: must end in .png or"),
-        (["--output=run"], "--output run: is a folder; name a file in it, such as run/picture.png"),
+        (["--output=run"], "--output run: is a folder; name a file in it, such as run/image.png"),
         (["--pretrained_model_name_or_path=nope"], "--pretrained_model_name_or_path nope: no SDXL pipeline there"),
         (["--lora_dir=nope"], "--lora_dir nope: no pytorch_lora_weights.safetensors in it"),
-        (["--lora_dir=no-tokens"], "--lora_dir no-tokens: no learned_embeds.safetensors in it; leave out --token"),
+        (
+            ["--lora_dir=no-tokens"],
+            "--lora_dir no-tokens: no learned_embeds.safetensors in it; leave out --placeholder_token",
+        ),
         (["--lora_dir=torn"], "can't read torn/learned_embeds.safetensors"),
-        (["--token", "<cat>"], "--initializer_token: 2 for 1 of --token"),
-        (["--token", "<cat>", "--initializer_token", "cat"], "--token: 1 named, but run/learned_embeds.safetensors"),
-        (["--token", "<cat>", "<cat>"], "--token <cat> <cat>: one is empty or named twice"),
-        (["--token", "<cat>", ""], "one is empty or named twice"),
-        (["--token", "<cat>", "cat</w>"], "--token cat</w>: the tokenizer has it already"),
-        (["--prompt=a cat"], "--prompt 'a cat': holds no --token; write <cat> or <hat> where the subject is"),
+        (["--placeholder_token", "<cat>"], "--initializer_token: 2 for 1 of --placeholder_token"),
+        (
+            ["--placeholder_token", "<cat>", "--initializer_token", "cat"],
+            "--placeholder_token: 1 named, but run/learned_embeds.safetensors",
+        ),
+        (["--placeholder_token", "<cat>", "<cat>"], "--placeholder_token <cat> <cat>: one is empty or named twice"),
+        (["--placeholder_token", "<cat>", ""], "one is empty or named twice"),
+        (["--placeholder_token", "<cat>", "cat</w>"], "--placeholder_token cat</w>: the tokenizer has it already"),
+        (
+            ["--prompt=a cat"],
+            "--prompt 'a cat': holds no --placeholder_token; write <cat> or <hat> where the subject is",
+        ),
     ],
 )
 def test_input_that_cannot_be_ends_in_one_line(refused, flags, message):

@@ -12,13 +12,14 @@
 # See the License for the specific language governing permissions and
 # limitations under the License.
 """
-Reward guidance (DCO, arXiv 2402.12004): draws with a LoRA and tokens of train_dreambooth_lora_mapo_sdxl.py, and says
-how far the picture follows the prompt and how far the subject.
+Reward guidance (DCO, arXiv 2402.12004): generates images with a LoRA and tokens of train_dreambooth_lora_mapo_sdxl.py;
+one scale says how closely they follow the prompt, another how closely the subject.
 
-    python reward_guidance.py --pretrained_model_name_or_path stabilityai/stable-diffusion-xl-base-1.0 \\
-        --lora_dir dreambooth-lora-mapo-sdxl --token "<dog>" --initializer_token dog --prompt "a <dog> in the snow"
+    python inference/reward_guidance.py --pretrained_model_name_or_path stabilityai/stable-diffusion-xl-base-1.0 \\
+        --lora_dir dreambooth-lora-mapo-sdxl --placeholder_token "<dog>" --initializer_token dog \\
+        --prompt "a <dog> in the snow"
 
-In each step, with the adapters off for eps_u and eps_base and on for eps_theta,
+In each step, with the LoRA disabled for eps_u and eps_base and enabled for eps_theta,
 
     eps = eps_u + w * (eps_base - eps_u) + s * (eps_theta(c_token) - eps_base(c_base))
 
@@ -36,7 +37,7 @@ from pathlib import Path
 import torch
 
 
-PICTURE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff")
+IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff")
 
 
 def fail(message: str) -> None:
@@ -69,7 +70,7 @@ def load_personalized_pipeline(model: str, lora_dir: str, tokens: list[str] | No
 
 
 @torch.no_grad()
-def draw_with_reward_guidance(
+def generate_with_reward_guidance(
     pipeline,
     prompt: str,
     base_prompt: str,
@@ -80,7 +81,7 @@ def draw_with_reward_guidance(
     width: int = 1024,
     generator: torch.Generator | None = None,
 ):
-    """One PIL picture.
+    """One PIL image.
 
     Args:
         pipeline: StableDiffusionXLPipeline with the LoRA and the tokens.
@@ -125,18 +126,22 @@ def draw_with_reward_guidance(
 def parse_args(input_args: list[str] | None = None) -> argparse.Namespace:
     parser = OneLineParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
-        "--pretrained_model_name_or_path", required=True, help="The SDXL that the LoRA was trained on: folder or id."
+        "--pretrained_model_name_or_path",
+        required=True,
+        help="SDXL that the LoRA was trained on, on the hub or in a folder.",
     )
-    parser.add_argument("--lora_dir", required=True, help="--output_dir of the training.")
-    parser.add_argument("--token", nargs="+", default=[], help="As in the training, in the same order.")
-    parser.add_argument("--initializer_token", nargs="+", default=[], help="As in the training, in the same order.")
-    parser.add_argument("--prompt", required=True, help="With the tokens.")
-    parser.add_argument("--guidance_scale", type=float, default=7.5, help="w")
-    parser.add_argument("--reward_scale", type=float, default=3.0, help="s; 0 is the starting model.")
+    parser.add_argument("--lora_dir", required=True, help="Folder named by --output_dir in training.")
+    parser.add_argument("--placeholder_token", nargs="+", default=[], help="Those of the training, in the same order.")
+    parser.add_argument("--initializer_token", nargs="+", default=[], help="Those of the training, in the same order.")
+    parser.add_argument("--prompt", required=True, help="Prompt with the tokens.")
+    parser.add_argument("--guidance_scale", type=float, default=7.5, help="w of the equation above.")
+    parser.add_argument(
+        "--reward_scale", type=float, default=3.0, help="s of the equation above; 0 is the starting model."
+    )
     parser.add_argument("--num_inference_steps", type=int, default=50, help="Denoising steps.")
-    parser.add_argument("--resolution", type=int, default=1024, help="Side of the picture, in pixels.")
-    parser.add_argument("--seed", type=int, default=0, help="Of the noise.")
-    parser.add_argument("--output", default="reward_guidance.png", help="Where the picture goes.")
+    parser.add_argument("--resolution", type=int, default=1024, help="Side of the image, in pixels.")
+    parser.add_argument("--seed", type=int, default=0, help="Seed of the noise.")
+    parser.add_argument("--output", default="reward_guidance.png", help="File for the image.")
     args = parser.parse_args(input_args)
     check_numbers(args)
     check_output(Path(args.output))
@@ -158,9 +163,9 @@ def check_numbers(args: argparse.Namespace) -> None:
 
 def check_output(path: Path) -> None:
     if path.is_dir():
-        fail(f"--output {path}: is a folder; name a file in it, such as {path / 'picture.png'}")
-    if path.suffix.lower() not in PICTURE_SUFFIXES:
-        fail(f"--output {path}: must end in {' or '.join(PICTURE_SUFFIXES)}")
+        fail(f"--output {path}: is a folder; name a file in it, such as {path / 'image.png'}")
+    if path.suffix.lower() not in IMAGE_SUFFIXES:
+        fail(f"--output {path}: must end in {' or '.join(IMAGE_SUFFIXES)}")
     if not path.parent.is_dir():
         fail(f"--output {path}: no folder {path.parent}; make it first")
     if not os.access(path if path.exists() else path.parent, os.W_OK):
@@ -169,21 +174,26 @@ def check_output(path: Path) -> None:
 
 def check_tokens(args: argparse.Namespace) -> None:
     """That the tokens are those of `lora_dir` and that the prompt has one."""
-    tokens, folder = args.token, Path(args.lora_dir)
-    if len(tokens) != len(args.initializer_token):
-        fail(f"--initializer_token: {len(args.initializer_token)} for {len(tokens)} of --token; name one for each")
+    tokens, folder = args.placeholder_token, Path(args.lora_dir)
+    count = len(args.initializer_token)
+    if count != len(tokens):
+        fail(f"--initializer_token: {count} for {len(tokens)} of --placeholder_token; each needs one")
     if not (folder / "pytorch_lora_weights.safetensors").is_file():
         fail(f"--lora_dir {folder}: no pytorch_lora_weights.safetensors in it; name the training's --output_dir")
     if not all(token.strip() for token in tokens) or len(set(tokens)) < len(tokens):
-        fail(f"--token {' '.join(tokens)}: one is empty or named twice; name the training's")
+        fail(f"--placeholder_token {' '.join(tokens)}: one is empty or named twice; name the training's")
     path = folder / "learned_embeds.safetensors"
     if tokens and not path.is_file():
-        fail(f"--lora_dir {folder}: no learned_embeds.safetensors in it; leave out --token and --initializer_token")
+        fail(f"--lora_dir {folder}: no learned_embeds.safetensors in it; leave out --placeholder_token")
     rows = count_learned_tokens(path) if path.is_file() else 0
     if rows != len(tokens):
-        fail(f"--token: {len(tokens)} named, but {path} has {rows}; name the training's, in the same order")
+        fail(
+            f"--placeholder_token: {len(tokens)} named, but {path} has {rows}; name the training's, in the same order"
+        )
     if tokens and not any(token in args.prompt for token in tokens):
-        fail(f"--prompt {args.prompt!r}: holds no --token; write {' or '.join(tokens)} where the subject is")
+        fail(
+            f"--prompt {args.prompt!r}: holds no --placeholder_token; write {' or '.join(tokens)} where the subject is"
+        )
 
 
 def count_learned_tokens(path: Path) -> int:
@@ -217,9 +227,9 @@ def check_new_to_tokenizers(args: argparse.Namespace) -> None:
             f"({first_line(error)})"
         )
     for name, tokenizer in tokenizers.items():
-        for token in args.token:
+        for token in args.placeholder_token:
             if token in tokenizer.get_vocab():
-                fail(f"--token {token}: the {name} has it already; name the token of the training, such as <{token}>")
+                fail(f"--placeholder_token {token}: the {name} has it already; name the training's, such as <{token}>")
 
 
 def quiet_libraries() -> None:
@@ -243,13 +253,13 @@ def main(args: argparse.Namespace) -> None:
     check_new_to_tokenizers(args)
     try:
         model = args.pretrained_model_name_or_path
-        pipeline = load_personalized_pipeline(model, args.lora_dir, args.token, dtype=dtype)
+        pipeline = load_personalized_pipeline(model, args.lora_dir, args.placeholder_token, dtype=dtype)
     except Exception as error:  # each library raises its own for files that are missing, torn or of another model
         fail(f"--pretrained_model_name_or_path {model} with --lora_dir {args.lora_dir}: {first_line(error)}")
     base_prompt = args.prompt
-    for token, word in zip(args.token, args.initializer_token):
+    for token, word in zip(args.placeholder_token, args.initializer_token):
         base_prompt = base_prompt.replace(token, word)
-    picture = draw_with_reward_guidance(
+    image = generate_with_reward_guidance(
         pipeline.to(device),
         args.prompt,
         base_prompt,
@@ -260,7 +270,7 @@ def main(args: argparse.Namespace) -> None:
         width=args.resolution,
         generator=torch.Generator("cpu").manual_seed(args.seed),
     )
-    picture.save(args.output)
+    image.save(args.output)
     print(args.output)
 
 
