@@ -105,7 +105,7 @@ logger = get_logger(__name__)
 DEMO = Path(__file__).resolve().parent / "demo"
 # What the demo trains with; a flag on the command line still counts.
 DEMO_SETTINGS = {
-    "pretrained_model_name_or_path": str(DEMO / "sdxl-tiny-twemoji"),
+    "pretrained_model_name_or_path": str(DEMO / "sdxl-tiny-emoji"),
     "instance_data_dir": str(DEMO / "subject"),
     "placeholder_token": ["<cat>"],
     "initializer_token": ["cat"],
@@ -264,7 +264,7 @@ def parse_args(input_args: list[str] | None = None) -> argparse.Namespace:
     add("--hub_token", help="Default: that of `hf auth login`.")
 
     for action in parser._actions:
-        if action.default not in (None, False, True, argparse.SUPPRESS):
+        if action.default not in (None, argparse.SUPPRESS) and not isinstance(action.default, bool):
             action.help += " Default: %(default)s."
     defaults, args = vars(parser.parse_args([])), parser.parse_args(input_args)
     demo = args.pretrained_model_name_or_path is None and args.instance_data_dir is None

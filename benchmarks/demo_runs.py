@@ -38,7 +38,7 @@ from PIL import Image
 
 REPO = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(REPO))
-MODEL = REPO / "demo" / "sdxl-tiny-twemoji"
+MODEL = REPO / "demo" / "sdxl-tiny-emoji"
 SETTINGS = (
     "--resolution=64 --train_batch_size=16 --learning_rate=3e-6 --lr_scheduler=constant_with_warmup "
     "--lr_warmup_steps=10 --max_train_steps=110 --validation_guidance_scale=2"
@@ -138,20 +138,19 @@ def train(name: str, folder: Path) -> Path:
 
 
 def judge(models: dict[str, str], folder: Path) -> dict[str, dict[str, float]]:
-    """Both shares of each model's drawings of the captions, one seed each."""
-    from demo.style_judge import StyleJudge
+    """demo/report.py's figures of each model's images of the held-out captions, one seed each."""
+    from demo.report import measure
     from evaluation import generate
 
-    prompts = REPO / "demo" / "measured_captions.txt"
+    prompts = REPO / "demo" / "held_out_captions.txt"
     flags = f"--resolution=64 --num_inference_steps=25 --guidance_scale=2 --batch_size=16 --prompts={prompts}".split()
     named = [f"{name}={place}" for name, place in models.items()]
     generate.main(generate.parse_args([*flags, f"--output_dir={folder / 'drawn'}", "--models", *named]))
-    captions, style_judge, shares = prompts.read_text().splitlines(), StyleJudge.from_pretrained(), {}
+    captions, figures = prompts.read_text().splitlines(), {}
     for name in models:
-        pictures = [Image.open(path) for path in sorted((folder / "drawn" / "images" / name).glob("*.png"))]
-        preferred, recognised = style_judge.preferred_share(pictures), style_judge.recognised_share(pictures, captions)
-        shares[name] = {"preferred_style": preferred, "recognised": recognised}
-    return shares
+        images = [Image.open(path) for path in sorted((folder / "drawn" / "images" / name).glob("*.png"))]
+        figures[name] = measure(images, captions)
+    return figures
 
 
 def main() -> None:
@@ -165,17 +164,18 @@ def main() -> None:
     for name in args.only:
         output = train(name, args.work_dir)
         models[name] = f"{MODEL},lora={output}" if "--use_lora" in RUNS[name][2] else str(output)
-    shares = judge(models, args.work_dir)
+    figures = judge(models, args.work_dir)
     where = {
         "date": str(datetime.date.today()),
         "machine": f"{os.cpu_count()} cores, {platform.machine()}",
         "torch": torch.__version__,
     }
     args.results.parent.mkdir(exist_ok=True)
-    args.results.with_suffix(".json").write_text(json.dumps(where | {"runs": shares}, indent=1) + "\n")
-    lines = ["| run | in Noto's style | nearest to a drawing of its caption |", "|---|---|---|"]
+    args.results.with_suffix(".json").write_text(json.dumps(where | {"runs": figures}, indent=1) + "\n")
+    lines = ["| run | in OpenMoji's style | nearest to a drawing of its caption | distance |", "|---|---|---|---|"]
     titles = {"base": "before"} | {name: RUNS[name][0] for name in args.only}
-    lines += [f"| {titles[n]} | {s['preferred_style']:.0%} | {s['recognised']:.0%} |" for n, s in shares.items()]
+    for name, row in figures.items():
+        lines.append(f"| {titles[name]} | {row['openmoji']:.0%} | {row['recognised']:.0%} | {row['distance']:.1f} |")
     text = "\n".join(lines) + f"\n\n{', '.join(where.values())}\n"
     args.results.with_suffix(".md").write_text(text)
     print(text)

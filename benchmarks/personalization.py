@@ -44,7 +44,7 @@ LOSSES = {
 }
 PACKAGES = ("torch", "diffusers", "transformers", "accelerate", "peft")
 ROW = re.compile(r"^(.+): nearest (\d+)% before, (\d+)% after; palette (\S+) before, (\S+) after$", re.MULTILINE)
-OTHERS = re.compile(r"other captions, nearest to a drawing of theirs: (\d+)% before, (\d+)% after")
+OTHERS = re.compile(r"(\d+)% -> +(\d+)%  nearest, in pixels, to a drawing of their caption")
 
 
 def run(flags: list[str], output_dir: Path, cache_dir: Path) -> dict:

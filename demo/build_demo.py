@@ -12,25 +12,25 @@
 # See the License for the specific language governing permissions and
 # limitations under the License.
 """
-Makes all of `demo/`: a tiny SDXL that draws Twemoji, and preference pairs in which Noto's drawing of a caption is
-chosen over Twemoji's.
+Makes all of `demo/`: a tiny SDXL that knows the emoji of four foundries, and preference pairs in which OpenMoji's
+drawing of a caption is chosen over another foundry's.
 
-    python demo/build_demo.py            # needs npm for the two picture packages
+    pip install resvg-py              # renders SVG; npm fetches the foundries' packages
+    python demo/build_demo.py
 
 Stages, each skipped when its result is in `--work_dir`, each going on from its last state after a kill:
 
-1. pictures  both foundries' 64 px drawings on white, one caption per drawing, captions held out
-2. vae       AutoencoderKL, 64 px -> 4 x 16 x 16, on all pictures of the packages but Noto's of held-out captions
-3. base      two CLIP text encoders and the UNet from scratch, epsilon prediction, on Twemoji's drawings
-4. judge     tells the two foundries apart by palette and flatness (style_judge.py); learns from drawings and from
-             samples of the base and of a twin of it that is tuned on Noto's drawings
-5. pairs     parquet files in Pick-a-Pic columns, sides shuffled
-6. figures   VAE PSNR, nearest-picture accuracy of the base model, accuracy of the judge -> figures.json, samples.png,
-             and the held-out captions that the demo is measured on -> measured_captions.txt
+1. drawings  every foundry's drawing of every caption, 64 px on white; every sixth caption is held out
+2. vae       AutoencoderKL, 64 px -> 4 x 16 x 16, on all drawings but OpenMoji's of held-out captions
+3. base      two CLIP text encoders and the UNet from scratch, epsilon prediction, on the same drawings.
+             In half of the training the caption ends in the style's name ("rabbit face, openmoji style"); without it
+             the style is random, OpenMoji's in one case of ten
+4. judge     names the foundry (report.py); learns from drawings and from samples of the base with the style's name
+5. pairs     parquet files in Pick-a-Pic's columns, sides shuffled
+6. figures   how good VAE, base and judge are -> figures.json, samples.png
 """
 
 import argparse
-import copy
 import io
 import json
 import os
@@ -50,24 +50,39 @@ from tqdm.auto import tqdm
 
 
 DEMO = Path(__file__).resolve().parent
-sys.path.insert(0, str(DEMO))
+sys.path.insert(0, str(DEMO.parent))
 
+# foundry: npm package, its version, the folder of PNG files or None for Iconify's SVG, the word for its style
 FOUNDRIES = {
-    "twemoji": ("emoji-datasource-twitter", "img/twitter/64"),
-    "noto": ("emoji-datasource-google", "img/google/64"),
+    "twemoji": ("emoji-datasource-twitter", "16.0.0", "img/twitter/64"),
+    "noto": ("emoji-datasource-google", "16.0.0", "img/google/64"),
+    "fluent": ("@iconify-json/fluent-emoji-flat", "1.2.6", None),
+    "openmoji": ("@iconify-json/openmoji", "1.2.29", None),
 }
-PACKAGE_VERSION = "16.0.0"
+# Only the VAE sees these: styles that the base model doesn't know, which its VAE must be able to show all the same.
+UNSEEN_FOUNDRIES = {
+    "emojione": ("@iconify-json/emojione", "1.2.3", None),
+    "blob": ("@iconify-json/noto-v1", "1.2.5", None),
+    "fluent_3d": ("@iconify-json/fluent-emoji", "1.2.7", None),
+}
+NAMES = ("@iconify-json/noto", "1.2.9", None)  # maps code points to Iconify's names, where a package doesn't
+PREFERRED = "openmoji"
 RESOLUTION = 64
-GUIDANCE_SCALE = 2.0
-# Left out: what isn't drawn by foundries but prescribed (flags, signs), and drawings that differ by a clock hand or a
-# haircut, which nobody tells apart at 64 px.
-LEFT_OUT_CATEGORIES = {"Flags", "Symbols", "Component"}
-LEFT_OUT_SUBCATEGORIES = {"family", "person-symbol"}
-LEFT_OUT_WORDS = re.compile(
-    r"\b(man|woman|men|women|boy|girl|male|female|person with|facing right|clock face|adult|older)\b"
+HELD_OUT_EVERY = 6
+# What the base learns first: emoji that a person recognises at 64 px and that foundries are free to draw as they like;
+# no flags, signs, buildings, clock hands or haircuts. It goes on with those that the demo shows, as it is too small
+# to learn all of them by heart. Captions are held out by their number among the first, whatever the second are.
+SUBCATEGORIES = re.compile(
+    r"face-.*|cat-face|monkey-face|hand.*|body-parts|animal-.*|plant-.*|food-.*|drink|dishware|transport-.*|clothing"
+    r"|sport|award-medal|music.*|event"
 )
-HELD_OUT_EVERY = 8
-TOKENS = 24  # the longest caption has 14; SDXL's own limit is 77
+SHOWN_SUBCATEGORIES = re.compile(
+    r"face-(smiling|affection|tongue|hand|hat|glasses|costume)|cat-face|monkey-face|hand.*|animal-.*|plant-flower"
+    r"|food-(fruit|vegetable|sweet)"
+)
+LEFT_OUT_WORDS = re.compile(r"\b(man|woman|men|women|boy|girl|male|female|person with|facing right|adult|older)\b")
+TOKENS = 24  # the longest caption with its style has 18; SDXL's own limit is 77
+STYLE_CHANCES = {"twemoji": 0.3, "noto": 0.3, "fluent": 0.3, "openmoji": 0.1}  # where the caption names no style
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
@@ -76,87 +91,118 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--output_dir", type=Path, default=DEMO, help="Where the demo is written.")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--vae_steps", type=int, default=12000)
-    parser.add_argument("--base_steps", type=int, default=4000)
-    parser.add_argument("--twin_steps", type=int, default=600)
-    parser.add_argument("--judge_steps", type=int, default=1200)
+    parser.add_argument("--base_steps", type=int, default=6500)
+    parser.add_argument("--wide_fraction", type=float, default=0.45, help="Of the base's steps: on all emoji.")
+    parser.add_argument("--judge_steps", type=int, default=1000)
     parser.add_argument("--max_captions", type=int, default=None, help="Use the first N captions only (for tests).")
     parser.add_argument("--seed", type=int, default=0)
     return parser.parse_args(argv)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Pictures
+# Drawings
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def unpack(package: str, work_dir: Path) -> tarfile.TarFile:
-    archive = work_dir / f"{package}-{PACKAGE_VERSION}.tgz"
+def open_package(package: str, version: str, work_dir: Path) -> tarfile.TarFile:
+    archive = work_dir / f"{package.removeprefix('@').replace('/', '-')}-{version}.tgz"
     if not archive.exists():
-        subprocess.run(["npm", "pack", "--silent", f"{package}@{PACKAGE_VERSION}"], cwd=work_dir, check=True)
+        subprocess.run(["npm", "pack", "--silent", f"{package}@{version}"], cwd=work_dir, check=True)
     return tarfile.open(archive)
 
 
-def read_picture(archive: tarfile.TarFile, member: str) -> np.ndarray:
-    picture = Image.open(io.BytesIO(archive.extractfile(member).read())).convert("RGBA")
-    canvas = Image.new("RGBA", picture.size, "white")
-    canvas.alpha_composite(picture)
+def read_json(archive: tarfile.TarFile, name: str):
+    return json.load(archive.extractfile(f"package/{name}"))
+
+
+def on_white(image: Image.Image) -> np.ndarray:
+    """(64, 64, 3) uint8"""
+    canvas = Image.new("RGBA", image.size, "white")
+    canvas.alpha_composite(image.convert("RGBA"))
     return np.asarray(canvas.convert("RGB").resize((RESOLUTION, RESOLUTION), Image.Resampling.LANCZOS))
 
 
-def list_pictures(archives: dict, foundry: str) -> set[str]:
-    prefix = f"package/{FOUNDRIES[foundry][1]}/"
-    return {name.removeprefix(prefix) for name in archives[foundry].getnames() if name.startswith(prefix)}
+def drawing_reader(foundry: str, names: dict[str, str], work_dir: Path):
+    """A function from an entry of emoji.json to its drawing by the foundry, or None where there is none."""
+    package, version, folder = (FOUNDRIES | UNSEEN_FOUNDRIES)[foundry]
+    archive = open_package(package, version, work_dir)
+    if folder:
+        members = set(archive.getnames())
+
+        def read(entry: dict) -> np.ndarray | None:
+            member = f"package/{folder}/{entry['image']}"
+            if member in members:
+                return on_white(Image.open(io.BytesIO(archive.extractfile(member).read())))
+
+        return read
+
+    from resvg_py import svg_to_bytes
+
+    icons = read_json(archive, "icons.json")
+    names = read_json(archive, "chars.json") or names  # empty in some packages
+
+    def render(entry: dict) -> np.ndarray | None:
+        code = entry["unified"].lower()
+        name = names.get(code) or names.get(code.replace("-fe0f", ""))
+        icon = icons["icons"].get(icons.get("aliases", {}).get(name, {}).get("parent", name))
+        if icon:
+            width, height = (icon.get(k, icons.get(k, 16)) for k in ("width", "height"))
+            svg = f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}">{icon["body"]}</svg>'
+            return on_white(Image.open(io.BytesIO(svg_to_bytes(svg, width=2 * RESOLUTION, height=2 * RESOLUTION))))
+
+    return render
 
 
-def make_pictures(args: argparse.Namespace) -> dict[str, np.ndarray]:
-    """Both foundries' drawings: `captions` (N,), `twemoji` and `noto` (N, 64, 64, 3) uint8, `held_out` (N,) bool,
-    and every other picture of the packages, for the VAE and the judge: `more_twemoji`, `more_noto` (M, 64, 64, 3), and
-    `more_held_out` (M,) bool, those that show a held-out caption's hand or person in another skin tone."""
-    path = args.work_dir / "pictures.npz"
+def make_drawings(args: argparse.Namespace) -> dict[str, np.ndarray]:
+    """`captions` (N,), `held_out` and `shown` (N,) bool, a foundry's name: (N, 64, 64, 3) uint8 for the foundries that
+    the base model learns, and `others` (M, 64, 64, 3), what the VAE sees beside them."""
+    path = args.work_dir / "drawings.npz"
     if path.exists():
         return dict(np.load(path))
-    archives = {foundry: unpack(package, args.work_dir) for foundry, (package, _) in FOUNDRIES.items()}
-    entries = json.load(archives["twemoji"].extractfile("package/emoji.json"))
-    in_both = {
-        e["unified"] for e in json.load(archives["noto"].extractfile("package/emoji.json")) if e["has_img_google"]
-    }
-    chosen = [
-        e
-        for e in sorted(entries, key=lambda e: e["sort_order"])
-        if e["has_img_twitter"]
-        and e["unified"] in in_both
-        and e["category"] not in LEFT_OUT_CATEGORIES
-        and e["subcategory"] not in LEFT_OUT_SUBCATEGORIES
-        and not LEFT_OUT_WORDS.search(e["name"].lower())
-    ][: args.max_captions]
-    pictures = {"captions": np.array([e["name"].lower().replace("’", "'") for e in chosen])}
-    pictures["held_out"] = np.arange(len(chosen)) % HELD_OUT_EVERY == HELD_OUT_EVERY // 2
-    files = {e["image"] for e in chosen}
-    others = sorted(
-        name for name in list_pictures(archives, "twemoji") & list_pictures(archives, "noto") if name not in files
-    )
-    others = others[: args.max_captions]
-    held_out = {e["image"].split(".")[0].split("-")[0] for e, out in zip(chosen, pictures["held_out"]) if out}
-    pictures["more_held_out"] = np.array([name.split(".")[0].split("-")[0] in held_out for name in others])
-    for foundry, (_, folder) in FOUNDRIES.items():
-        prefix = f"package/{folder}/"
-        for key, names in ((foundry, [e["image"] for e in chosen]), (f"more_{foundry}", others)):
-            pictures[key] = np.stack([read_picture(archives[foundry], prefix + name) for name in names])
-    assert len(set(pictures["captions"])) == len(chosen), "captions must be distinct"
-    temporary = args.work_dir / "pictures.tmp.npz"
-    np.savez(temporary, **pictures)
-    os.replace(temporary, path)
-    return pictures
+    names = read_json(open_package(*NAMES[:2], args.work_dir), "chars.json")
+    entries = read_json(open_package(*FOUNDRIES["twemoji"][:2], args.work_dir), "emoji.json")
+    readers = {foundry: drawing_reader(foundry, names, args.work_dir) for foundry in FOUNDRIES | UNSEEN_FOUNDRIES}
+    captions, shown, drawings, others = [], [], {foundry: [] for foundry in FOUNDRIES}, []
+    for entry in tqdm(sorted(entries, key=lambda entry: entry["sort_order"]), desc="drawings"):
+        caption = entry["name"].lower().replace("’", "'")
+        if entry["category"] in ("Flags", "Symbols", "Component") or LEFT_OUT_WORDS.search(caption):
+            continue
+        found = {foundry: read(entry) for foundry, read in readers.items()}
+        chosen = SUBCATEGORIES.fullmatch(entry["subcategory"]) and all(found[f] is not None for f in FOUNDRIES)
+        if chosen and len(captions) != args.max_captions:
+            captions.append(caption)
+            shown.append(bool(SHOWN_SUBCATEGORIES.fullmatch(entry["subcategory"])))
+            for foundry in FOUNDRIES:
+                drawings[foundry].append(found.pop(foundry))
+        others += [drawing for drawing in found.values() if drawing is not None]
+    assert len(set(captions)) == len(captions), "captions must be distinct"
+    arrays = {foundry: np.stack(images) for foundry, images in drawings.items()}
+    arrays["captions"], arrays["shown"] = np.array(captions), np.array(shown)
+    arrays["held_out"] = np.arange(len(captions)) % HELD_OUT_EVERY == HELD_OUT_EVERY // 2
+    arrays["others"] = np.stack(others[:: 50 if args.max_captions else 1])
+    np.savez(args.work_dir / "drawings.tmp.npz", **arrays)
+    os.replace(args.work_dir / "drawings.tmp.npz", path)
+    return arrays
 
 
-def to_tensor(pictures: np.ndarray, device: str) -> torch.Tensor:
+def to_tensor(images: np.ndarray, device: str) -> torch.Tensor:
     """(N, H, W, 3) uint8 -> (N, 3, H, W) uint8 on the device."""
-    return torch.from_numpy(pictures).permute(0, 3, 1, 2).contiguous().to(device)
+    return torch.from_numpy(images).permute(0, 3, 1, 2).contiguous().to(device)
+
+
+def seen_drawings(drawings: dict, foundry: str) -> np.ndarray:
+    """The indices of the captions whose drawing by the foundry may be trained on."""
+    return np.flatnonzero(~drawings["held_out"]) if foundry == PREFERRED else np.arange(len(drawings["captions"]))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Training, the same for every stage
 # ---------------------------------------------------------------------------------------------------------------------
+
+
+def has_bf16(device: str) -> bool:
+    """Whether the device computes in bf16 itself. Where a processor must imitate it, a step takes 20 times as long."""
+    return device != "cpu" or torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
 
 
 def train(
@@ -187,7 +233,7 @@ def train(
     average = None
     for step in bar:
         generator.manual_seed(args.seed * 1_000_003 + step)  # a resumed run draws what an unbroken one would
-        with torch.autocast(args.device, dtype=torch.bfloat16):
+        with torch.autocast(args.device, dtype=torch.bfloat16, enabled=has_bf16(args.device)):
             loss = loss_function(generator, step / steps)
         optimizer.zero_grad()
         loss.backward()
@@ -228,14 +274,14 @@ def make_vae() -> torch.nn.Module:
     )
 
 
-def train_vae(args: argparse.Namespace, pictures: dict) -> torch.nn.Module:
-    seen = [pictures["noto"][~pictures["held_out"]], *(pictures[k] for k in ("twemoji", "more_twemoji", "more_noto"))]
-    data = to_tensor(np.concatenate(seen), args.device)
-    vae = make_vae().to(args.device)
+def train_vae(args: argparse.Namespace, drawings: dict) -> torch.nn.Module:
+    seen = [drawings[foundry][seen_drawings(drawings, foundry)] for foundry in FOUNDRIES]
+    data = to_tensor(np.concatenate([*seen, drawings["others"]]), args.device)
+    vae = make_vae().to(args.device, memory_format=torch.channels_last)
     modules = torch.nn.ModuleDict({"vae": vae})
 
     def loss_function(generator, progress):
-        # Quarters of pictures first: a convolutional net learns as much from them, at a quarter of the cost.
+        # Quarters of drawings first: a convolutional net learns as much from them, at a quarter of the cost.
         size, side = (16, RESOLUTION // 2) if progress < 0.85 else (8, RESOLUTION)
         index = torch.randint(len(data), (size,), generator=generator, device=args.device)
         top, left = torch.randint(0, RESOLUTION - side + 1, (2,), generator=generator, device=args.device).tolist()
@@ -247,29 +293,29 @@ def train_vae(args: argparse.Namespace, pictures: dict) -> torch.nn.Module:
     train("vae", modules, loss_function, args.vae_steps, 4e-3, args)
     vae = vae.half().float().requires_grad_(False)  # what is committed is fp16: measure and build on just that
     with torch.no_grad():
-        latents = encode(vae, to_tensor(pictures["twemoji"], args.device))
+        latents = encode(vae, data)
     vae.register_to_config(scaling_factor=round(1 / latents.std().item(), 4))
     return vae
 
 
 @torch.no_grad()
-def encode(vae, pictures: torch.Tensor) -> torch.Tensor:
+def encode(vae, images: torch.Tensor) -> torch.Tensor:
     """uint8 (N, 3, H, W) -> latents (N, 4, H / 4, W / 4), not scaled."""
-    return torch.cat([vae.encode(chunk.float() / 127.5 - 1).latent_dist.mode() for chunk in pictures.split(64)])
+    return torch.cat([vae.encode(chunk.float() / 127.5 - 1).latent_dist.mode() for chunk in images.split(64)])
 
 
 @torch.no_grad()
-def reconstruct(vae, pictures: torch.Tensor) -> torch.Tensor:
+def reconstruct(vae, images: torch.Tensor) -> torch.Tensor:
     """uint8 (N, 3, H, W) -> what the VAE makes of them, in [-1, 1]."""
-    return torch.cat([vae.decode(latents).sample.clamp(-1, 1) for latents in encode(vae, pictures).split(64)])
+    return torch.cat([vae.decode(latents).sample.clamp(-1, 1) for latents in encode(vae, images).split(64)])
 
 
 @torch.no_grad()
-def psnr(vae, pictures: torch.Tensor) -> float:
-    """Mean over the pictures of each one's PSNR in dB, peak 255."""
+def psnr(vae, images: torch.Tensor) -> float:
+    """Mean over the images of each one's PSNR in dB, peak 255."""
     errors = [
         (reconstruct(vae, chunk) / 2 + 0.5 - chunk.float() / 255).square().mean((1, 2, 3))
-        for chunk in pictures.split(64)
+        for chunk in images.split(64)
     ]
     return -10 * torch.cat(errors).log10().mean().item()
 
@@ -321,7 +367,7 @@ def make_tokenizers(captions: list[str], work_dir: Path) -> tuple:
 
 
 def make_base(tokenizers: tuple) -> torch.nn.ModuleDict:
-    """Text encoders and UNet with the parts that SDXL has, in SDXL's order, at 1/380 of its size."""
+    """Text encoders and UNet with the parts that SDXL has, in SDXL's order, at 1/200 of its size."""
     from diffusers import UNet2DConditionModel
     from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
@@ -354,10 +400,10 @@ def make_base(tokenizers: tuple) -> torch.nn.ModuleDict:
         sample_size=RESOLUTION // 4,
         down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
         up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
-        block_out_channels=(64, 96, 144),
+        block_out_channels=(32, 96, 160),
         layers_per_block=1,
         transformer_layers_per_block=[1, 1, 1],
-        attention_head_dim=[2, 3, 4],
+        attention_head_dim=[1, 3, 5],
         cross_attention_dim=64 + 96,
         use_linear_projection=True,
         addition_embed_type="text_time",
@@ -374,6 +420,10 @@ def encode_captions(modules, token_ids: tuple[torch.Tensor, torch.Tensor]) -> tu
     first = modules["text_encoder"](token_ids[0], output_hidden_states=True)
     second = modules["text_encoder_2"](token_ids[1], output_hidden_states=True)
     return torch.cat([first.hidden_states[-2], second.hidden_states[-2]], dim=-1), second.text_embeds
+
+
+def with_style(caption: str, foundry: str) -> str:
+    return f"{caption}, {foundry} style"
 
 
 def tokenize(tokenizers: tuple, captions: list[str], device: str) -> tuple[torch.Tensor, torch.Tensor]:
@@ -395,54 +445,54 @@ def make_noise_schedulers() -> tuple:
     return DDPMScheduler.from_config(sampler.config), sampler
 
 
-def train_drawing(
-    name: str, modules, tokenizers: tuple, captions: list[str], drawings, vae, steps, rate, args
-) -> None:
-    """Trains text encoders and UNet to draw `drawings` (N, 64, 64, 3) for `captions`."""
+def train_base(args: argparse.Namespace, drawings: dict, vae) -> tuple:
+    """Trains text encoders and UNet to draw for a caption, with or without the name of a style."""
     from diffusers.training_utils import compute_snr
 
-    token_ids = tokenize(tokenizers, captions, args.device)
-    latents = encode(vae, to_tensor(drawings, args.device)) * vae.config.scaling_factor
+    captions = drawings["captions"].tolist()
+    plain, styled, chances, shown, latents = [], [], [], [], []
+    for foundry in FOUNDRIES:
+        seen = seen_drawings(drawings, foundry)
+        plain += [captions[i] for i in seen]
+        styled += [with_style(captions[i], foundry) for i in seen]
+        chances += [STYLE_CHANCES[foundry] / len(seen)] * len(seen)
+        shown.append(drawings["shown"][seen])
+        latents.append(encode(vae, to_tensor(drawings[foundry][seen], args.device)) * vae.config.scaling_factor)
+    tokenizers = make_tokenizers(plain + styled, args.work_dir)
+    modules = make_base(tokenizers).to(args.device, memory_format=torch.channels_last)
+    plain, styled = (tokenize(tokenizers, texts, args.device) for texts in (plain, styled))
+    chances, latents = torch.tensor(chances, device=args.device), torch.cat(latents)
+    shown = torch.from_numpy(np.concatenate(shown)).to(args.device).float()
     noise_scheduler, _ = make_noise_schedulers()
-    size = 64
+    size = 32
     time_ids = torch.tensor([RESOLUTION, RESOLUTION, 0, 0, RESOLUTION, RESOLUTION], device=args.device)
     time_ids = time_ids.float().repeat(size, 1)
 
     def loss_function(generator, progress):
-        draw = dict(generator=generator, device=args.device)
-        index = torch.randint(len(latents), (size,), **draw)
-        noise = torch.randn(size, *latents.shape[1:], **draw)
-        timesteps = torch.randint(1000, (size,), **draw)
+        random = dict(generator=generator, device=args.device)
+        named = torch.rand(size, **random) < 0.5  # whether the caption names the style
+        weights = torch.ones_like(shown) if progress < args.wide_fraction else shown
+        by_word, by_chance = (
+            w.multinomial(size, replacement=True, generator=generator) for w in (weights, weights * chances)
+        )
+        index = torch.where(named, by_word, by_chance)
+        token_ids = [torch.where(named[:, None], ids[index], bare[index]) for ids, bare in zip(styled, plain)]
+        noise = torch.randn(size, *latents.shape[1:], **random)
+        timesteps = torch.randint(1000, (size,), **random)
         noisy = noise_scheduler.add_noise(latents[index], noise, timesteps)
-        embeds, pooled = encode_captions(modules, tuple(ids[index] for ids in token_ids))
+        embeds, pooled = encode_captions(modules, token_ids)
         # The pipeline of SDXL takes zeros for an empty negative prompt, so zeros stand for "no caption" here.
-        keep = (torch.rand(size, **draw) >= 0.1).float()
+        keep = (torch.rand(size, **random) >= 0.1).float()
         conditions = {"text_embeds": pooled * keep[:, None], "time_ids": time_ids}
         prediction = modules["unet"](
             noisy, timesteps, embeds * keep[:, None, None], added_cond_kwargs=conditions
         ).sample
         error = (prediction.float() - noise).square().mean((1, 2, 3))
         snr = compute_snr(noise_scheduler, timesteps)
-        return (error * snr.clamp(max=5) / snr).mean()  # min-SNR weights: fewer steps to the same picture
+        return (error * snr.clamp(max=5) / snr).mean()  # min-SNR weights: fewer steps to the same image
 
-    train(name, modules, loss_function, steps, rate, args)
-
-
-def train_base(args: argparse.Namespace, pictures: dict, vae) -> tuple:
-    captions = pictures["captions"].tolist()
-    tokenizers = make_tokenizers(captions, args.work_dir)
-    modules = make_base(tokenizers).to(args.device)
-    train_drawing("base", modules, tokenizers, captions, pictures["twemoji"], vae, args.base_steps, 1e-3, args)
+    train("base", modules, loss_function, args.base_steps, 8e-4, args)
     return tokenizers, modules
-
-
-def train_twin(args: argparse.Namespace, pictures: dict, vae, tokenizers: tuple, modules) -> torch.nn.ModuleDict:
-    """The base tuned on Noto's drawings: the judge learns from it how a model draws in Noto's style."""
-    seen = ~pictures["held_out"]
-    captions, drawings = pictures["captions"][seen].tolist(), pictures["noto"][seen]
-    twin = copy.deepcopy(modules)
-    train_drawing("twin", twin, tokenizers, captions, drawings, vae, args.twin_steps, 5e-4, args)
-    return twin
 
 
 def write_pipeline(args: argparse.Namespace, vae, tokenizers: tuple, modules) -> None:
@@ -460,7 +510,7 @@ def write_pipeline(args: argparse.Namespace, vae, tokenizers: tuple, modules) ->
         force_zeros_for_empty_prompt=True,
         add_watermarker=False,
     )
-    pipeline.to(torch.float16).save_pretrained(args.output_dir / "sdxl-tiny-twemoji", safe_serialization=True)
+    pipeline.to(torch.float16).save_pretrained(args.output_dir / "sdxl-tiny-emoji", safe_serialization=True)
     pipeline.to(torch.float32)
 
 
@@ -469,41 +519,35 @@ def write_pipeline(args: argparse.Namespace, vae, tokenizers: tuple, modules) ->
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def train_judge(args: argparse.Namespace, pictures: dict, vae, twin) -> torch.nn.Module:
-    """Learns from drawings, from what the VAE makes of them, and from samples of the base and its twin, so that it
-    judges style and not sharpness. Neither held-out captions nor their skin-tone variants are among them."""
-    from style_judge import BINS, StyleJudge, to_batch
+def train_judge(args: argparse.Namespace, drawings: dict, vae):
+    """Learns from drawings, from what the VAE makes of them, and from the base's images for captions that name a
+    style, so that it judges style and not sharpness. Nothing of a held-out caption is among them."""
+    from demo.report import generate
+    from demo.style_judge import StyleJudge, to_batch
 
-    seen, more = ~pictures["held_out"], ~pictures["more_held_out"]
-    captions = pictures["captions"][seen].tolist()
+    seen = ~drawings["held_out"]
+    captions = drawings["captions"][seen].tolist()
     judge = StyleJudge().to(args.device)
-    groups = []  # (features, label, how many of them in a batch)
-    for foundry in FOUNDRIES if not (args.work_dir / "judge.pt").exists() else ():
-        drawn = np.concatenate([pictures[foundry][seen], pictures[f"more_{foundry}"][more]])
-        drawn = to_tensor(drawn, args.device)
-        samples = to_batch(sample(args, captions, twin if foundry == "noto" else None, seed=1_000_000))
-        versions = (
-            ([chunk.float() / 127.5 - 1 for chunk in drawn.split(256)], 64),
-            ([reconstruct(vae, chunk) for chunk in drawn.split(256)], 32),
-            (samples.to(args.device).split(256), 32),
-        )
-        for chunks, share in versions:
-            groups.append((torch.cat([judge.features(chunk) for chunk in chunks]), float(foundry == "noto"), share))
-    if groups:
-        features = torch.cat([features for features, _, _ in groups])
-        judge.mean.copy_(features.mean(0))
-        judge.scale.copy_(1 / (features.std(0) + 0.01))
-        judge.scale[BINS**3 :] *= 4  # 60 figures of flatness would drown in 4096 of colour
+    versions = []  # (images, labels)
+    for label, foundry in enumerate(FOUNDRIES if not (args.work_dir / "judge.pt").exists() else ()):
+        drawn = to_tensor(drawings[foundry][seen], args.device)
+        named = [with_style(caption, foundry) for caption in captions[label::4]]
+        generated = to_batch(generate(load_base(args), named))
+        for images in (drawn.float() / 127.5 - 1, reconstruct(vae, drawn), generated.to(args.device)):
+            versions.append((images, torch.full((len(images),), label, device=args.device)))
 
     def loss_function(generator, progress):
-        batch, labels = [], []
-        for features, label, share in groups:
-            batch.append(features[torch.randint(len(features), (share,), generator=generator, device=args.device)])
-            labels.append(torch.full((share,), label, device=args.device))
-        logits = judge.judge_features(torch.cat(batch))
-        return F.binary_cross_entropy_with_logits(logits.float(), torch.cat(labels))
+        random = dict(generator=generator, device=args.device)
+        batches, labels = [], []
+        for images, names in versions:
+            index = torch.randint(len(images), (16,), **random)
+            rows, columns = torch.randint(-3, 4, (2,), **random).tolist()
+            batches.append(images[index].roll((rows, columns), (2, 3)))
+            labels.append(names[index])
+        logits = judge(torch.cat(batches))
+        return F.cross_entropy(logits.float(), torch.cat(labels), label_smoothing=0.05)
 
-    train("judge", torch.nn.ModuleDict({"judge": judge}), loss_function, args.judge_steps, 2e-3, args, 2.0)
+    train("judge", torch.nn.ModuleDict({"judge": judge}), loss_function, args.judge_steps, 2e-3, args, 0.1)
     return judge.half().float().eval().requires_grad_(False)
 
 
@@ -512,29 +556,43 @@ def train_judge(args: argparse.Namespace, pictures: dict, vae, twin) -> torch.nn
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def write_pairs(args: argparse.Namespace, pictures: dict) -> None:
+def write_drawings(args: argparse.Namespace, drawings: dict) -> None:
+    """`drawings/FOUNDRY.webp`, all drawings of a foundry on one sheet, 26 in a row, in the order of captions.txt."""
+    folder, columns = args.output_dir / "drawings", 26
+    folder.mkdir(exist_ok=True)
+    (folder / "captions.txt").write_text("".join(f"{caption}\n" for caption in drawings["captions"]))
+    for foundry in FOUNDRIES:
+        sheet = Image.new("RGB", (columns * RESOLUTION, -(-len(drawings[foundry]) // columns) * RESOLUTION), "white")
+        for i, drawing in enumerate(drawings[foundry]):
+            sheet.paste(Image.fromarray(drawing), (i % columns * RESOLUTION, i // columns * RESOLUTION))
+        sheet.save(folder / f"{foundry}.webp", lossless=True, quality=100, method=6)
+    held_out = drawings["captions"][drawings["held_out"]]
+    (args.output_dir / "held_out_captions.txt").write_text("".join(f"{caption}\n" for caption in held_out))
+
+
+def write_pairs(args: argparse.Namespace, drawings: dict) -> None:
     """`pairs/train.parquet` and `pairs/test.parquet` (the held-out captions) in Pick-a-Pic's columns: the file bytes
-    of two pictures, `label_0` 1.0 where the first is chosen. Noto is chosen, on a side drawn by seed."""
+    of two drawings, `label_0` 1.0 where the first is chosen. OpenMoji's is chosen over that of a random foundry among
+    the others, on a random side."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    def file_bytes(picture: np.ndarray) -> bytes:
+    def file_bytes(drawing: np.ndarray) -> bytes:
         buffer = io.BytesIO()
-        Image.fromarray(picture).save(buffer, format="WEBP", lossless=True)
+        Image.fromarray(drawing).save(buffer, format="WEBP", lossless=True)
         return buffer.getvalue()
 
-    noto_first = np.random.default_rng(args.seed).random(len(pictures["captions"])) < 0.5
-    columns = {"caption": [], "jpg_0": [], "jpg_1": [], "label_0": [], "label_1": []}
-    for i, caption in enumerate(pictures["captions"].tolist()):
-        noto, twemoji = file_bytes(pictures["noto"][i]), file_bytes(pictures["twemoji"][i])
-        columns["caption"].append(caption)
-        columns["jpg_0"].append(noto if noto_first[i] else twemoji)
-        columns["jpg_1"].append(twemoji if noto_first[i] else noto)
-        columns["label_0"].append(float(noto_first[i]))
-        columns["label_1"].append(float(not noto_first[i]))
-    table = pa.table(columns)
+    random = np.random.default_rng(args.seed)
+    others = [foundry for foundry in FOUNDRIES if foundry != PREFERRED]
+    rows = []
+    for i, caption in enumerate(drawings["captions"].tolist()):
+        pair = [file_bytes(drawings[foundry][i]) for foundry in (PREFERRED, others[random.integers(len(others))])]
+        label = float(random.random() < 0.5)
+        jpg_0, jpg_1 = pair if label else pair[::-1]
+        rows.append({"caption": caption, "jpg_0": jpg_0, "jpg_1": jpg_1, "label_0": label, "label_1": 1 - label})
+    table = pa.Table.from_pylist(rows)
     (args.output_dir / "pairs").mkdir(exist_ok=True)
-    for split, mask in (("train", ~pictures["held_out"]), ("test", pictures["held_out"])):
+    for split, mask in (("train", ~drawings["held_out"]), ("test", drawings["held_out"])):
         path = args.output_dir / "pairs" / f"{split}.parquet"
         pq.write_table(table.filter(pa.array(mask)), path.with_suffix(".tmp"), compression="none")
         os.replace(path.with_suffix(".tmp"), path)
@@ -545,82 +603,65 @@ def write_pairs(args: argparse.Namespace, pictures: dict) -> None:
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def sample(args: argparse.Namespace, captions: list[str], modules=None, seed: int = 0) -> list[Image.Image]:
-    """One picture per caption, caption i with seed `seed + i`, 25 steps; by the committed checkpoint or `modules`."""
+def load_base(args: argparse.Namespace):
+    """The pipeline as it is committed."""
     from diffusers import StableDiffusionXLPipeline
 
     pipeline = StableDiffusionXLPipeline.from_pretrained(
-        args.output_dir / "sdxl-tiny-twemoji", **(modules or {}), dtype=torch.float32, add_watermarker=False
+        args.output_dir / "sdxl-tiny-emoji", torch_dtype=torch.float32, add_watermarker=False
     )
-    pipeline.to(args.device).set_progress_bar_config(disable=True)
-    size, samples = 64, []
-    for start in tqdm(range(0, len(captions), size), desc="samples"):
-        chunk = captions[start : start + size]
-        generators = [torch.Generator("cpu").manual_seed(seed + start + i) for i in range(len(chunk))]
-        with torch.autocast(args.device, dtype=torch.bfloat16):
-            samples += pipeline(
-                chunk, num_inference_steps=25, guidance_scale=GUIDANCE_SCALE, generator=generators
-            ).images
-    return samples
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline.to(args.device)
 
 
-def draw_grid(pictures: list[Image.Image], captions: list[str], columns: int = 12) -> Image.Image:
-    """Pictures with their captions below them, wrapped."""
+def make_grid(images: list[Image.Image], captions: list[str], columns: int = 12) -> Image.Image:
+    """Images with their captions below them, wrapped."""
     import textwrap
 
     from PIL import ImageDraw, ImageFont
 
     cell, text, font = 96, 34, ImageFont.load_default(10)
-    grid = Image.new("RGB", (columns * cell, -(-len(pictures) // columns) * (cell + text)), "white")
+    grid = Image.new("RGB", (columns * cell, -(-len(images) // columns) * (cell + text)), "white")
     pen = ImageDraw.Draw(grid)
-    for i, (picture, caption) in enumerate(zip(pictures, captions)):
+    for i, (image, caption) in enumerate(zip(images, captions)):
         x, y = i % columns * cell, i // columns * (cell + text)
-        grid.paste(picture.resize((cell - 8, cell - 8), Image.Resampling.LANCZOS), (x + 4, y + 4))
-        lines = textwrap.wrap(caption, 17)[:2]
-        pen.multiline_text((x + cell // 2, y + cell), "\n".join(lines), "black", font, "ma", 2, "center")
+        grid.paste(image.resize((cell - 8, cell - 8), Image.Resampling.LANCZOS), (x + 4, y + 4))
+        pen.multiline_text(
+            (x + cell // 2, y + cell), "\n".join(textwrap.wrap(caption, 17)[:2]), "black", font, "ma", 2
+        )
     return grid
 
 
-def measure(args: argparse.Namespace, pictures: dict, vae, judge, twin) -> dict:
+def measure_demo(args: argparse.Namespace, drawings: dict, vae, judge) -> dict:
     """The figures that demo/README.md states, and samples.png."""
-    from style_judge import to_batch
+    from demo.report import generate, measure
 
-    held_out, captions = pictures["held_out"], pictures["captions"].tolist()
-    tensors = {foundry: to_tensor(pictures[foundry], args.device) for foundry in FOUNDRIES}
+    held_out, captions = drawings["held_out"], drawings["captions"].tolist()
     figures = {
         "date": date.today().isoformat(),
         "machine": f"{args.device}, {os.cpu_count()} cores",
         "torch": torch.__version__,
         "captions": len(captions),
         "held_out_captions": int(held_out.sum()),
-        "vae_psnr_twemoji_db": psnr(vae, tensors["twemoji"]),
-        "vae_psnr_noto_held_out_db": psnr(vae, tensors["noto"][held_out]),
     }
+    tensors = {foundry: to_tensor(drawings[foundry], args.device) for foundry in FOUNDRIES}
+    for foundry in FOUNDRIES:
+        figures[f"vae_psnr_{foundry}_db"] = psnr(vae, tensors[foundry])
+    figures[f"vae_psnr_{PREFERRED}_held_out_db"] = psnr(vae, tensors[PREFERRED][held_out])
     for name, version in (
         ("drawings", lambda x: x.float() / 127.5 - 1),
         ("reconstructions", lambda x: reconstruct(vae, x)),
     ):
-        hits = [judge.is_noto(version(tensors[f][held_out])) == (f == "noto") for f in FOUNDRIES]
-        figures[f"judge_accuracy_on_held_out_{name}"] = torch.cat(hits).float().mean().item()
-    # The demo's figures are taken where the instrument works: captions of which it tells both reconstructions apart.
-    told_apart = (hits[0] & hits[1]).cpu().numpy()
-    chosen = np.random.default_rng(args.seed).permutation(np.flatnonzero(held_out)[told_apart])[:64]
-    (args.output_dir / "measured_captions.txt").write_text("".join(captions[i] + "\n" for i in chosen))
-
-    samples = sample(args, captions)
-    arrays = np.stack([np.asarray(s) for s in samples])
-    nearest = torch.cdist(
-        to_tensor(arrays, args.device).float().flatten(1), tensors["twemoji"].float().flatten(1)
-    ).argmin(1)
-    right = nearest.cpu().numpy() == np.arange(len(captions))
-    figures["base_nearest_drawing_is_the_caption's"] = float(right.mean())
-    noto = judge.is_noto(to_tensor(arrays, args.device).float() / 127.5 - 1)
-    figures["base_share_judged_noto"] = noto.float().mean().item()
-    figures["base_share_judged_noto_held_out_captions"] = noto[held_out].float().mean().item()
-    noto = judge.is_noto(to_batch(sample(args, pictures["captions"][held_out].tolist(), twin)).to(args.device))
-    figures["twin_share_judged_noto_held_out_captions"] = noto.float().mean().item()
-    shown = np.random.default_rng(args.seed).permutation(len(captions))[:72]
-    draw_grid([samples[i] for i in shown], [captions[i] for i in shown]).save(args.output_dir / "samples.png")
+        right = [judge(version(tensors[f][held_out])).argmax(1) == i for i, f in enumerate(FOUNDRIES)]
+        figures[f"judge_accuracy_on_held_out_{name}"] = torch.cat(right).float().mean().item()
+    pipeline = load_base(args)
+    unseen = drawings["captions"][held_out].tolist()
+    figures["base_on_held_out_captions"] = measure(generate(pipeline, unseen), unseen)
+    for foundry in FOUNDRIES:
+        named = generate(pipeline, [with_style(caption, foundry) for caption in unseen])
+        figures[f"base_on_held_out_captions_in_{foundry}_style"] = measure(named, unseen)
+    shown = np.random.default_rng(args.seed).permutation(captions)[:72].tolist()
+    make_grid(generate(pipeline, shown), shown).save(args.output_dir / "samples.png")
     return figures
 
 
@@ -630,18 +671,18 @@ def main(args: argparse.Namespace) -> None:
     args.work_dir.mkdir(parents=True, exist_ok=True)
     args.output_dir.mkdir(parents=True, exist_ok=True)
     torch.manual_seed(args.seed)
-    pictures = make_pictures(args)
-    write_pairs(args, pictures)
-    vae = train_vae(args, pictures)
-    print(f"VAE: {psnr(vae, to_tensor(pictures['twemoji'], args.device)):.2f} dB PSNR on Twemoji's drawings")
-    tokenizers, modules = train_base(args, pictures, vae)
+    drawings = make_drawings(args)
+    vae = train_vae(args, drawings)
+    tokenizers, modules = train_base(args, drawings, vae)
     write_pipeline(args, vae, tokenizers, modules)
-    twin = train_twin(args, pictures, vae, tokenizers, modules)
-    judge = train_judge(args, pictures, vae, twin)
-    save_file(
-        {k: v.half().contiguous() for k, v in judge.state_dict().items()}, args.output_dir / "style_judge.safetensors"
-    )
-    figures = measure(args, pictures, vae, judge, twin)
+    shown = drawings["shown"]
+    drawings = {name: drawings[name][shown] for name in ("captions", "held_out", *FOUNDRIES)}
+    write_drawings(args, drawings)
+    write_pairs(args, drawings)
+    judge = train_judge(args, drawings, vae)
+    weights = {name: weight.half().contiguous() for name, weight in judge.state_dict().items()}
+    save_file(weights, args.output_dir / "style_judge.safetensors")
+    figures = measure_demo(args, drawings, vae, judge)
     (args.output_dir / "figures.json").write_text(json.dumps(figures, indent=2) + "\n")
     print(json.dumps(figures, indent=2))
 

@@ -12,114 +12,142 @@
 # See the License for the specific language governing permissions and
 # limitations under the License.
 """
-What the demos' runs say about their result, from images that they generate with the finished pipeline.
+What the demo's two runs say about their result, measured on images that the finished pipeline generates.
 
-    preference_report(pipeline)
-    subject_report(pipeline, "<cat>")     # pipeline: the LoRA and the token loaded
+    from demo.report import preference_report, subject_report
+    print(preference_report(pipeline))
+
+A judge alone can be pleased by a texture, so each report has figures beside it that a texture can't raise: what is the
+nearest of all foundries' drawings, how far is it, is the ground still white.
 """
 
-import io
 import json
 from pathlib import Path
 
+import numpy as np
 import torch
 from PIL import Image
 
+from .style_judge import FOUNDRIES, PREFERRED, StyleJudge, palette, to_batch
+
 
 DEMO = Path(__file__).resolve().parent
-BEFORE = {"preferred": 0.05, "recognised": 1.0}  # of the base, as demo/README.md has them
-CLASS = "cat"
-CONTEXTS = (
+GUIDANCE_SCALE, NUM_INFERENCE_STEPS = 2.0, 20
+NEW_CONTEXTS = (  # expressions that no photo of subject/ has
     "<cat> face with tears of joy",
     "<cat> face with wry smile",
     "kissing <cat> face with closed eyes",
     "weary <cat> face",
     "black <cat>",
 )
+ROWS = (  # figures of `measure` that a texture can't raise
+    ("recognised", "{:.0%}", "nearest, in pixels, to a drawing of their caption, among all foundries' drawings"),
+    ("distance", "{:.1f}", "distance to the nearest drawing, in grey levels: larger would mean damage"),
+    ("white_border", "{:.1%}", "of the border is white: less would mean stains"),
+)
+
+
+def held_out_captions() -> list[str]:
+    """The captions that no pair is trained on, and of which the base has never seen OpenMoji's drawing."""
+    return (DEMO / "held_out_captions.txt").read_text().splitlines()
+
+
+def load_drawings() -> tuple[torch.Tensor, list[str]]:
+    """All foundries' drawings, (N, 3, 64, 64) in [-1, 1], foundry after foundry, and each one's caption."""
+    captions = (DEMO / "drawings" / "captions.txt").read_text().splitlines()
+    drawings = []
+    for foundry in FOUNDRIES:
+        sheet = to_tensor(Image.open(DEMO / "drawings" / f"{foundry}.webp"))
+        tiles = sheet.unfold(1, 64, 64).unfold(2, 64, 64).permute(1, 2, 0, 3, 4).flatten(0, 1)
+        drawings.append(tiles[: len(captions)])
+    return torch.cat(drawings), captions * len(FOUNDRIES)
+
+
+def to_tensor(image: Image.Image) -> torch.Tensor:
+    """(3, H, W) in [-1, 1]"""
+    return torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1).float() / 127.5 - 1
 
 
 @torch.no_grad()
 def generate(pipeline, prompts: list[str]) -> list[Image.Image]:
-    """One image per prompt, each from its own seed, 16 at once."""
+    """One image per prompt, prompt i from seed i, 16 at once."""
+    pipeline.set_progress_bar_config(disable=True)
     images = []
     for start in range(0, len(prompts), 16):
-        generators = [torch.Generator("cpu").manual_seed(start + i) for i in range(len(prompts[start : start + 16]))]
-        options = {"height": 64, "width": 64, "num_inference_steps": 25, "guidance_scale": 2.0}
-        images += pipeline(prompts[start : start + 16], generator=generators, **options).images
+        chunk = prompts[start : start + 16]
+        generators = [torch.Generator("cpu").manual_seed(start + i) for i in range(len(chunk))]
+        options = {"num_inference_steps": NUM_INFERENCE_STEPS, "guidance_scale": GUIDANCE_SCALE}
+        images += pipeline(chunk, height=64, width=64, generator=generators, **options).images
     return images
 
 
-def subject_report(pipeline, placeholder_token: str) -> str:
-    """How near the images are to the subject, with and without its token, and what became of other captions; before
-    training, with the LoRA disabled, and after. Several lines, ready to print."""
-    import pyarrow.parquet as pq
+def measure(images: list[Image.Image], captions: list[str]) -> dict[str, float]:
+    """
+    Fractions and distances of images that were generated for captions, one each:
 
-    from .style_judge import StyleJudge, palette, to_batch
+    - a foundry's name: fraction in its style, as the judge names it
+    - recognised: fraction whose nearest drawing, of all foundries' of all captions, is one of their caption
+    - distance: to the nearest drawing, root mean square over the pixels, of 255 levels; mean over the images
+    - white_border: fraction of the pixels within two of the edge whose channels are all above 247
+    """
+    batch, (drawings, drawn) = to_batch(images), load_drawings()
+    distances = torch.cdist(batch.flatten(1), drawings.flatten(1)) * 127.5 / batch[0].numel() ** 0.5
+    distance, nearest = distances.min(1)
+    border = torch.ones(64, 64, dtype=torch.bool)
+    border[2:-2, 2:-2] = False
+    styles = StyleJudge.from_pretrained().name(images)
+    return {
+        **{foundry: styles.count(foundry) / len(images) for foundry in FOUNDRIES},
+        "recognised": sum(drawn[i] == caption for i, caption in zip(nearest.tolist(), captions)) / len(captions),
+        "distance": distance.mean().item(),
+        "white_border": (batch[:, :, border].amin(1) > 247 / 127.5 - 1).float().mean().item(),
+    }
 
-    rows = [json.loads(line) for line in (DEMO / "subject" / "metadata.jsonl").read_text().splitlines()]
-    photos = [Image.open(DEMO / "subject" / row["file_name"]).convert("RGB") for row in rows]
-    others = (DEMO / "measured_captions.txt").read_text().splitlines()
-    captions = [caption.replace("<cat>", placeholder_token) for caption in (*(row["text"] for row in rows), *CONTEXTS)]
-    plain = [caption.replace(placeholder_token, CLASS) for caption in captions]
-    n, m = len(photos), len(captions)
 
-    pipeline.disable_lora()
-    before = generate(pipeline, plain + others)
-    pipeline.enable_lora()
-    after, unnamed = generate(pipeline, captions + others), generate(pipeline, plain)
-
-    tables = [pq.read_table(DEMO / "pairs" / f"{split}.parquet") for split in ("train", "test")]
-    files = [file for table in tables for side in ("jpg_0", "jpg_1") for file in table[side].to_pylist()]
-    known = to_batch(photos + [Image.open(io.BytesIO(file)) for file in files]).flatten(1)
-
-    def nearest(images: list[Image.Image]) -> float:
-        return (torch.cdist(to_batch(images).flatten(1), known).argmin(1) < n).float().mean().item()
-
-    def colours(images: list[Image.Image]) -> torch.Tensor:
-        histograms = palette((to_batch(images) + 1) / 2, 16)[:, :-1]  # the last bin is the white ground
-        return (histograms / histograms.sum(1, keepdim=True)).sqrt()
-
-    def similarity(images: list[Image.Image]) -> float:
-        return (colours(images) @ colours(photos).T).mean().item()
-
-    lines = [f"nearest = fraction of images nearest, in pixels, to a photo, among {n} photos and {len(files)} emoji"]
-    lines += ["palette = overlap of an image's colours with a photo's (Bhattacharyya), mean over images and photos"]
-    lines += [f"          (of the photos with each other: {similarity(photos):.2f})"]
-    for title, then, now in (
-        ("captions of the photos", before[:n], after[:n]),
-        ("new contexts", before[n:m], after[n:m]),
-        ("both without the token", before[:m], unnamed),
-    ):
-        lines.append(
-            f"{title}: nearest {nearest(then):.0%} before, {nearest(now):.0%} after; "
-            f"palette {similarity(then):.2f} before, {similarity(now):.2f} after"
-        )
-    kept = [StyleJudge.recognised_share(images[m:], others) for images in (before, after)]
-    lines.append(
-        f"{len(others)} other captions, nearest to a drawing of theirs: {kept[0]:.0%} before, {kept[1]:.0%} after"
-    )
-    return "\n".join(lines)
+def change(before: dict[str, float], after: dict[str, float], name: str, form: str, text: str) -> str:
+    return f"  {form.format(before[name]):>6} -> {form.format(after[name]):>6}  {text}"
 
 
 def preference_report(pipeline) -> str:
-    """Several lines, ready to print: the finished pipeline's images against the base's stored figures."""
-    captions = (DEMO / "measured_captions.txt").read_text().splitlines()
-    pipeline.set_progress_bar_config(disable=True)
-    images = []
-    for first in range(0, len(captions), 16):
-        chunk = captions[first : first + 16]
-        generators = [torch.Generator("cpu").manual_seed(first + i) for i in range(len(chunk))]
-        images += pipeline(
-            chunk, num_inference_steps=25, guidance_scale=2.0, height=64, width=64, generator=generators
-        ).images
-    from .style_judge import StyleJudge
+    """What the run on the demo's pairs changed: the base was measured the same way by build_demo.py."""
+    captions = held_out_captions()
+    figures = json.loads((DEMO / "figures.json").read_text())
+    before, after = figures["base_on_held_out_captions"], measure(generate(pipeline, captions), captions)
+    accuracy = figures["judge_accuracy_on_held_out_reconstructions"]
+    style = (PREFERRED, "{:.0%}", f"in OpenMoji's style, says a judge that names {accuracy:.0%} of drawings right")
+    lines = [f"Images of {len(captions)} captions that no pair is trained on, before -> after:"]
+    return "\n".join(lines + [change(before, after, *row) for row in (style, *ROWS)])
 
-    judge = StyleJudge.from_pretrained()
-    preferred, recognised = judge.preferred_share(images), judge.recognised_share(images, captions)
-    return "\n".join(
-        [
-            f"On {len(captions)} captions that weren't trained on, from the same seeds:",
-            f"  in the preferred style (Noto's): {BEFORE['preferred']:.0%} before, {preferred:.0%} after",
-            f"  nearest to a drawing of their caption: {BEFORE['recognised']:.0%} before, {recognised:.0%} after",
-        ]
-    )
+
+def subject_report(pipeline, placeholder_token: str) -> str:
+    """What the run on the photos of `subject/` changed against the pipeline without its LoRA: how near images of the
+    subject are to its photos, and what became of the plain class and of other captions."""
+    rows = [json.loads(line) for line in (DEMO / "subject" / "metadata.jsonl").read_text().splitlines()]
+    photos = to_batch([Image.open(DEMO / "subject" / row["file_name"]) for row in rows])
+    known = torch.cat([photos, load_drawings()[0]]).flatten(1)
+    captions = [row["text"].replace("<cat>", placeholder_token) for row in rows]
+    contexts = [context.replace("<cat>", placeholder_token) for context in NEW_CONTEXTS]
+    plain = [caption.replace(placeholder_token, "cat") for caption in captions + contexts]
+    others = held_out_captions()
+
+    def compare(then: list[Image.Image], now: list[Image.Image]) -> str:
+        batches = [to_batch(images) for images in (then, now)]
+        nearest = [(torch.cdist(b.flatten(1), known).argmin(1) < len(photos)).float().mean() for b in batches]
+        overlap = [(palette(b) @ palette(photos).T).mean() for b in batches]
+        return "nearest {:.0%} before, {:.0%} after; palette {:.2f} before, {:.2f} after".format(*nearest, *overlap)
+
+    pipeline.disable_lora()
+    before, others_before = generate(pipeline, plain), measure(generate(pipeline, others), others)
+    pipeline.enable_lora()
+    after, others_after = generate(pipeline, captions + contexts), measure(generate(pipeline, others), others)
+    n, emoji = len(photos), len(known) - len(photos)
+    lines = [
+        f"nearest = fraction of images nearest, in pixels, to a photo, among {n} photos and {emoji:,} emoji",
+        "palette = overlap of an image's colours with a photo's, mean over images and photos "
+        f"(of the photos with each other: {(palette(photos) @ palette(photos).T).mean():.2f})",
+        f"captions of the photos: {compare(before[:n], after[:n])}",
+        f"new contexts: {compare(before[n:], after[n:])}",
+        f"both without the token: {compare(before, generate(pipeline, plain))}",
+        f"{len(others)} other captions, before -> after:",
+    ]
+    return "\n".join(lines + [change(others_before, others_after, *row) for row in ROWS])

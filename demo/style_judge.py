@@ -12,100 +12,69 @@
 # See the License for the specific language governing permissions and
 # limitations under the License.
 """
-What the demo is measured with: whose style is a picture in, and does it show what its caption says?
+Names the foundry whose style an image is in.
 
-    from demo.style_judge import StyleJudge
-    judge = StyleJudge.from_pretrained()
-    judge.preferred_share(pictures)            # share of the pictures in Noto's style
-    judge.recognised_share(pictures, captions)  # share whose nearest held-out drawing is their caption's
+    from demo.style_judge import FOUNDRIES, StyleJudge
+    StyleJudge.from_pretrained().name(images)     # a word of FOUNDRIES for each image
 
 `build_demo.py` trains it; its accuracy on held-out drawings is in figures.json.
 """
 
-import io
 import itertools
 from pathlib import Path
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from PIL import Image
 from torch import nn
 
 
 DEMO = Path(__file__).resolve().parent
+FOUNDRIES = ("twemoji", "noto", "fluent", "openmoji")
+PREFERRED = "openmoji"
 RESOLUTION = 64
-BINS = 16  # per colour channel
-EDGES = (0.002, 0.004, 0.007, 0.01, 0.014, 0.02, 0.028, 0.04, 0.056, 0.08, 0.11, 0.16, 0.22, 0.32)
-THRESHOLD = 0.25  # in doubt, a picture isn't in Noto's style
 
 
-def to_batch(pictures: list[Image.Image]) -> torch.Tensor:
-    """PIL pictures of any size -> (N, 3, 64, 64) in [-1, 1]."""
-    arrays = [np.asarray(p.convert("RGB").resize((RESOLUTION, RESOLUTION))) for p in pictures]
+def to_batch(images: list[Image.Image]) -> torch.Tensor:
+    """PIL images of any size -> (N, 3, 64, 64) in [-1, 1]."""
+    arrays = [np.asarray(image.convert("RGB").resize((RESOLUTION, RESOLUTION))) for image in images]
     return torch.from_numpy(np.stack(arrays)).permute(0, 3, 1, 2).float() / 127.5 - 1
 
 
-def palette(pixels: torch.Tensor, bins: int) -> torch.Tensor:
-    """Histogram of colours, each pixel shared by its eight nearest bins. (N, 3, H, W) in [0, 1] -> (N, bins ** 3)"""
-    place = pixels.flatten(2) * (bins - 1)  # (N, 3, HW)
+def palette(images: torch.Tensor, bins: int = 12) -> torch.Tensor:
+    """Square root of the histogram of colours, each pixel spread over its eight nearest bins, without white.
+    (N, 3, H, W) in [-1, 1] -> (N, bins ** 3), each of length 1."""
+    place = (images.flatten(2) + 1) / 2 * (bins - 1)  # (N, 3, HW)
     low = place.floor().clamp(max=bins - 2)
-    high_share = place - low
-    histogram = pixels.new_zeros(len(pixels), bins**3)
+    above = place - low
+    histogram = images.new_zeros(len(images), bins**3)
     for corner in itertools.product((0, 1), repeat=3):
-        corner = torch.tensor(corner, device=pixels.device)[:, None]
-        share = torch.where(corner == 1, high_share, 1 - high_share).prod(1)
+        corner = torch.tensor(corner, device=images.device)[:, None]
+        weight = torch.where(corner == 1, above, 1 - above).prod(1)
         red, green, blue = (low.long() + corner).unbind(1)
-        histogram.scatter_add_(1, (red * bins + green) * bins + blue, share)
-    return histogram / place.shape[2]
-
-
-def slopes(pixels: torch.Tensor) -> torch.Tensor:
-    """Histograms of the largest change in a channel between pixels 1, 2 and 4 apart, and of the second difference,
-    outside of the white ground: how flat the colours are. (N, 3, H, W) in [0, 1] -> (N, 60)"""
-    edges = torch.tensor(EDGES, device=pixels.device)
-    drawn = (pixels < 0.97).any(1)
-    smooth = F.avg_pool2d(pixels, 3, 1, 1)
-    changes = []
-    for distance in (1, 2, 4):
-        x = pixels if distance == 1 else smooth
-        down, right = x[:, :, distance:] - x[:, :, :-distance], x[..., distance:] - x[..., :-distance]
-        changes.append(((down, drawn[:, distance:]), (right, drawn[..., distance:])))
-    inner, neighbours = pixels[:, :, 1:-1, 1:-1], (pixels[:, :, 2:, 1:-1], pixels[:, :, :-2, 1:-1])
-    bend = 4 * inner - sum(neighbours) - pixels[:, :, 1:-1, 2:] - pixels[:, :, 1:-1, :-2]
-    changes.append(((bend, drawn[:, 1:-1, 1:-1]),))
-    histograms = []
-    for parts in changes:
-        bucket = torch.cat([torch.bucketize(x.abs().amax(1), edges).flatten(1) for x, _ in parts], 1)
-        weight = torch.cat([where.flatten(1) for _, where in parts], 1).to(pixels.dtype)
-        histogram = pixels.new_zeros(len(pixels), len(EDGES) + 1).scatter_add_(1, bucket, weight)
-        histograms.append(histogram / histogram.sum(1, keepdim=True).clamp(min=1))
-    return torch.cat(histograms, 1)
+        histogram.scatter_add_(1, (red * bins + green) * bins + blue, weight)
+    histogram[:, -1] = 0
+    return (histogram / histogram.sum(1, keepdim=True).clamp(min=1e-6)).sqrt()
 
 
 class StyleJudge(nn.Module):
-    """A small perceptron over what styles differ in and subjects don't: the palette, and how flat the colours are."""
+    """A small net that sees the palette, and the mean and maximum over all places of convolutions that see 31 pixels:
+    colours, lines and shading, not what is drawn where."""
 
     def __init__(self) -> None:
         super().__init__()
-        width = BINS**3 + 4 * (len(EDGES) + 1)
-        self.register_buffer("mean", torch.zeros(width))
-        self.register_buffer("scale", torch.ones(width))
-        self.net = nn.Sequential(nn.Dropout(0.3), nn.Linear(width, 64), nn.ReLU(), nn.Dropout(0.5), nn.Linear(64, 1))
+        layers, before = [], 3
+        for width in (24, 48, 64, 64):
+            layers += [nn.Conv2d(before, width, 3, stride=2, padding=1), nn.GroupNorm(8, width), nn.SiLU()]
+            before = width
+        self.layers = nn.Sequential(*layers)
+        self.palette = nn.Sequential(nn.Dropout(0.3), nn.Linear(12**3, 64), nn.SiLU())
+        self.head = nn.Sequential(nn.Dropout(0.3), nn.Linear(2 * before + 64, len(FOUNDRIES)))
 
-    @staticmethod
-    def features(pictures: torch.Tensor) -> torch.Tensor:
-        """(N, 3, 64, 64) in [-1, 1] -> (N, 4156)"""
-        pixels = (pictures.float() + 1) / 2
-        return torch.cat([palette(pixels, BINS), slopes(pixels)], 1).sqrt()
-
-    def judge_features(self, features: torch.Tensor) -> torch.Tensor:
-        """(N, 4156) -> logits (N,)"""
-        return self.net((features - self.mean) * self.scale)[:, 0]
-
-    def forward(self, pictures: torch.Tensor) -> torch.Tensor:
-        """(N, 3, 64, 64) in [-1, 1] -> logits (N,), positive for Noto, negative for Twemoji."""
-        return self.judge_features(self.features(pictures))
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        """(N, 3, 64, 64) in [-1, 1] -> logits (N, 4)"""
+        maps = self.layers(images).flatten(2)
+        return self.head(torch.cat([maps.mean(2), maps.amax(2), self.palette(8 * palette(images.clamp(-1, 1)))], 1))
 
     @classmethod
     def from_pretrained(cls, path: Path = DEMO / "style_judge.safetensors") -> "StyleJudge":
@@ -115,22 +84,14 @@ class StyleJudge(nn.Module):
         judge.load_state_dict({name: weight.float() for name, weight in load_file(path).items()})
         return judge.eval().requires_grad_(False)
 
-    def is_noto(self, pictures: torch.Tensor) -> torch.Tensor:
-        """(N, 3, 64, 64) in [-1, 1] -> bool (N,)"""
-        return self(pictures) > THRESHOLD
+    def preference(self, images: torch.Tensor) -> torch.Tensor:
+        """(N, 3, 64, 64) in [-1, 1] -> logits (N,) of being in the preferred foundry's style."""
+        logits = self(images)
+        preferred = FOUNDRIES.index(PREFERRED)
+        others = [i for i in range(len(FOUNDRIES)) if i != preferred]
+        return logits[:, preferred] - logits[:, others].logsumexp(1)
 
-    def preferred_share(self, pictures: list[Image.Image]) -> float:
-        """Share in [0, 1] of the pictures that are in Noto's style."""
-        return self.is_noto(to_batch(pictures)).float().mean().item()
-
-    @staticmethod
-    def recognised_share(pictures: list[Image.Image], captions: list[str]) -> float:
-        """Share in [0, 1] of the pictures whose nearest drawing (L2 in pixels), among both foundries' drawings of all
-        held-out captions, is a drawing of their own caption."""
-        import pyarrow.parquet as pq
-
-        rows = pq.read_table(DEMO / "pairs" / "test.parquet").to_pylist()
-        drawings = to_batch([Image.open(io.BytesIO(row[side])) for row in rows for side in ("jpg_0", "jpg_1")])
-        named = [row["caption"] for row in rows for _ in range(2)]
-        nearest = torch.cdist(to_batch(pictures).flatten(1), drawings.flatten(1)).argmin(1)
-        return sum(named[i] == caption for i, caption in zip(nearest.tolist(), captions)) / len(captions)
+    @torch.no_grad()
+    def name(self, images: list[Image.Image]) -> list[str]:
+        """The foundry of each image."""
+        return [FOUNDRIES[i] for i in self(to_batch(images)).argmax(1).tolist()]

@@ -49,6 +49,7 @@ import math
 import os
 import re
 import sys
+from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -475,7 +476,7 @@ class Style:
     def score(self, images: list[Image.Image], prompts: list[str]) -> torch.Tensor:
         from demo.style_judge import to_batch
 
-        return self.model(to_batch(images))
+        return self.model.preference(to_batch(images))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -580,8 +581,10 @@ def generate_answer(model, tokenizer, inputs, temperature: float, max_tokens: in
     ids, tokens = output.sequences[0, inputs["input_ids"].shape[1] :].tolist(), []
     for number, logits in zip(ids, output.logits or ()):
         likely = logits[0].float().softmax(-1).topk(20)
-        others = {tokenizer.decode([i]): p for i, p in zip(likely.indices.tolist(), likely.values.tolist())}
-        tokens.append((tokenizer.decode([number]), others))
+        others = Counter()  # several tokens may have one text
+        for i, probability in zip(likely.indices.tolist(), likely.values.tolist()):
+            others[tokenizer.decode([i])] += probability
+        tokens.append((tokenizer.decode([number]), dict(others)))
     ends = model.generation_config.eos_token_id
     complete = len(ids) < max_tokens or ids[-1] in (ends if isinstance(ends, list) else [ends])
     return Answer(drop_reasoning(tokenizer.decode(ids, skip_special_tokens=True)), tokens, complete)

@@ -10,7 +10,7 @@ import torch
 
 
 DEMO = Path(__file__).resolve().parents[1] / "demo"
-MODEL, PAIRS = DEMO / "sdxl-tiny-twemoji", DEMO / "pairs"
+MODEL, PAIRS = DEMO / "sdxl-tiny-emoji", DEMO / "pairs"
 
 
 def write_model(folder: Path) -> Path:

@@ -840,13 +840,13 @@ def test_score_agrees_with_the_labels_of_the_demo(tmp_path, capsys):
     run(score, f"--pairs={TEST_PAIRS}", "--split=test", "--metrics", "style", f"--output={output}")
 
     rows = rows_of(output)
-    assert len(rows) == 288
+    assert len(rows) == 100
     by_side = {name: np.array([r["score"] for r in rows if r["model"] == name]) for name in ("chosen", "rejected")}
     share = np.mean(by_side["chosen"] > by_side["rejected"])
     report = json.loads((tmp_path / "pairs.agreement.json").read_text())["style"]
-    assert report["pairs"] == 144 and report["agreement"] == pytest.approx(share) and share > 0.9
+    assert report["pairs"] == 50 and report["agreement"] == pytest.approx(share) and share > 0.9
     assert report["low"] <= share <= report["high"]
-    assert f"style: agrees with {share:.1%} of 144 labels" in capsys.readouterr().out
+    assert f"style: agrees with {share:.1%} of 50 labels" in capsys.readouterr().out
 
 
 def test_score_takes_a_table_and_names_what_it_cannot_read(tmp_path):
@@ -858,7 +858,7 @@ def test_score_takes_a_table_and_names_what_it_cannot_read(tmp_path):
     (row,) = rows_of(tmp_path / "s.jsonl")
     from demo.style_judge import StyleJudge, to_batch
 
-    expected = StyleJudge.from_pretrained()(to_batch([Image.open(tmp_path / "red.png")])).item()
+    expected = StyleJudge.from_pretrained().preference(to_batch([Image.open(tmp_path / "red.png")])).item()
     assert row["score"] == pytest.approx(expected) and row["prompt"] == "red square"
 
     table.write_text("caption,image\nred square,red.png\nred square,torn.png\n")
@@ -1078,8 +1078,10 @@ def test_judges_of_the_qwen_family_load_see_and_answer(qwen_folder):
     with torch.no_grad():
         first = judge.model(**inputs).logits[0, -1].double().softmax(-1)
     token, likely = answers[0].tokens[0]
-    assert token == judge.processor.tokenizer.decode([first.argmax().item()]) and len(likely) > 10
-    assert likely[token] == pytest.approx(first.max().item(), rel=1e-4) and 0 < sum(likely.values()) <= 1
+    decode = judge.processor.tokenizer.decode
+    alike = sum(p for i, p in zip(*(x.tolist() for x in first.topk(20)[::-1])) if decode([i]) == token)
+    assert token == decode([first.argmax().item()]) and len(likely) > 5
+    assert likely[token] == pytest.approx(alike, rel=1e-4) and 0 < sum(likely.values()) <= 1
 
     # Its own settings allow one token only; another try must be able to say something else.
     assert len({judge.ask("red apple", [image], temperature=0.7, max_tokens=12).text for _ in range(4)}) > 1

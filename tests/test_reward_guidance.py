@@ -10,7 +10,7 @@ from safetensors.torch import save_file
 from inference import reward_guidance
 
 
-MODEL = str(REPO / "demo" / "sdxl-tiny-twemoji")
+MODEL = str(REPO / "demo" / "sdxl-tiny-emoji")
 
 
 @pytest.fixture
