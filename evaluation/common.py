@@ -30,6 +30,7 @@ import math
 import os
 import random
 import re
+import signal
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor, as_completed
@@ -61,6 +62,7 @@ def run_script(main, args: argparse.Namespace) -> None:
     import logging
 
     logging.getLogger("xformers").setLevel(logging.ERROR)
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's script starts jobs with it ignored
     try:
         main(args)
     except KeyboardInterrupt:
