@@ -193,7 +193,7 @@ def parse_args(input_args: list[str] | None = None) -> argparse.Namespace:
     add("--label_noise_prob", type=fraction, default=0.0, help="Fraction of pairs to swap, the same ones by seed.")
     add("--max_train_samples", type=count, help="Use only the first pairs, this many.")
     add("--resolution", type=number(int, "[8, inf)"), default=1024, help="Side of the training images, in pixels.")
-    add("--random_crop", action="store_true", help="Crop anywhere, not in the centre; once if latents are cached.")
+    add("--random_crop", action="store_true", help="Crop each image at one random place, not in the centre.")
     add("--random_flip", action="store_true", help="Mirror half of the pairs, both images or none.")
     add("--proportion_empty_prompts", type=fraction, default=0.0, help="Fraction of captions left out in training.")
     add("--cache_dir", help="Folder for downloads and for encoded images and captions.")

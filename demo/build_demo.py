@@ -25,7 +25,7 @@ Stages, each skipped when its result is in `--work_dir`, each going on from its 
 3. base      two CLIP text encoders and the UNet from scratch, epsilon prediction, on the same drawings.
              In half of the training the caption ends in the style's name ("rabbit face, openmoji style"); without it
              the style is random, OpenMoji's in one case of ten
-4. judge     names the foundry (report.py); learns from drawings and from samples of the base with the style's name
+4. judge     names the foundry (style_judge.py); learns from drawings and from the base's images of a named style
 5. pairs     parquet files in Pick-a-Pic's columns, sides shuffled
 6. figures   how good VAE, base and judge are -> figures.json, samples.png
 """
@@ -52,7 +52,7 @@ from tqdm.auto import tqdm
 DEMO = Path(__file__).resolve().parent
 sys.path.insert(0, str(DEMO.parent))
 
-# foundry: npm package, its version, the folder of PNG files or None for Iconify's SVG, the word for its style
+# foundry (and the word for its style): npm package, version, folder of PNG files, or None for Iconify's SVG
 FOUNDRIES = {
     "twemoji": ("emoji-datasource-twitter", "16.0.0", "img/twitter/64"),
     "noto": ("emoji-datasource-google", "16.0.0", "img/google/64"),
@@ -65,7 +65,7 @@ UNSEEN_FOUNDRIES = {
     "blob": ("@iconify-json/noto-v1", "1.2.5", None),
     "fluent_3d": ("@iconify-json/fluent-emoji", "1.2.7", None),
 }
-NAMES = ("@iconify-json/noto", "1.2.9", None)  # maps code points to Iconify's names, where a package doesn't
+NAMES = ("@iconify-json/noto", "1.2.9")  # maps code points to Iconify's names, where a package doesn't
 PREFERRED = "openmoji"
 RESOLUTION = 64
 HELD_OUT_EVERY = 6
@@ -159,7 +159,7 @@ def make_drawings(args: argparse.Namespace) -> dict[str, np.ndarray]:
     path = args.work_dir / "drawings.npz"
     if path.exists():
         return dict(np.load(path))
-    names = read_json(open_package(*NAMES[:2], args.work_dir), "chars.json")
+    names = read_json(open_package(*NAMES, args.work_dir), "chars.json")
     entries = read_json(open_package(*FOUNDRIES["twemoji"][:2], args.work_dir), "emoji.json")
     readers = {foundry: drawing_reader(foundry, names, args.work_dir) for foundry in FOUNDRIES | UNSEEN_FOUNDRIES}
     captions, shown, drawings, others = [], [], {foundry: [] for foundry in FOUNDRIES}, []
