@@ -91,12 +91,11 @@ from accelerate.utils import (
     set_seed,
 )
 from huggingface_hub import cached_assets_path
+from mapo_loss import mapo_loss
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from tqdm.auto import tqdm
-
-from mapo_loss import mapo_loss
 
 
 logger = get_logger(__name__)
@@ -387,9 +386,10 @@ def blame(flag: str, value: str):  # twin
 
 def load_unet(args: argparse.Namespace, accelerator: Accelerator) -> tuple:
     """The UNet, on the CPU, and the noise scheduler, whose prediction type decides what the UNet learns to predict."""
+    from peft import LoraConfig
+
     from diffusers import DDPMScheduler, DiffusionPipeline, UNet2DConditionModel
     from diffusers.training_utils import cast_training_params
-    from peft import LoraConfig
 
     name, hub = args.pretrained_model_name_or_path, {"revision": args.revision, "cache_dir": args.cache_dir}
     dtype = torch.bfloat16 if args.optimizer == "adamw_bf16" else torch.float32
@@ -1498,8 +1498,9 @@ def save_weights(unet, args: argparse.Namespace, accelerator: Accelerator) -> No
         return
     if not args.use_lora:
         return save_pipeline(state, args)
-    from diffusers.training_utils import _collate_lora_metadata
     from peft import get_peft_model_state_dict
+
+    from diffusers.training_utils import _collate_lora_metadata
 
     model = unwrap(unet, accelerator)
     layers = get_peft_model_state_dict(model, state)
@@ -1540,9 +1541,9 @@ def save_results(prompts: list[str], history: list[dict], args: argparse.Namespa
     plot_curves(history, Path(args.output_dir) / "curves.png")
     report = ""
     if args.demo and not args.skip_final_inference:
-        from diffusers import StableDiffusionXLPipeline
-
         from demo.report import preference_report
+
+        from diffusers import StableDiffusionXLPipeline
 
         base = args.pretrained_model_name_or_path if args.use_lora else args.output_dir
         pipeline = StableDiffusionXLPipeline.from_pretrained(base, dtype=torch.float32, add_watermarker=False)
@@ -1563,8 +1564,9 @@ def save_results(prompts: list[str], history: list[dict], args: argparse.Namespa
 
 
 def save_model_card(prompts: list[str], report: str, args: argparse.Namespace) -> None:
-    from diffusers.utils.hub_utils import populate_model_card
     from huggingface_hub import ModelCard, ModelCardData
+
+    from diffusers.utils.hub_utils import populate_model_card
 
     base, output_dir, where = args.pretrained_model_name_or_path, Path(args.output_dir), args.hub_model_id
     hidden = ("hub_token", "cache_dir", "output_dir", "resume_from_checkpoint")
@@ -1621,9 +1623,10 @@ What differs from the script's defaults:
 
 def prepare_run(args: argparse.Namespace) -> Accelerator:
     """The accelerator, writable folders, and a quiet console: from libraries only errors, and bars of downloads."""
-    import diffusers
     import huggingface_hub
     import transformers
+
+    import diffusers
 
     accelerator = Accelerator(
         gradient_accumulation_steps=args.gradient_accumulation_steps,

@@ -92,12 +92,11 @@ from accelerate.utils import (
     set_seed,
 )
 from huggingface_hub import cached_assets_path, create_repo, upload_folder
+from mapo_loss import mapo_loss
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from tqdm.auto import tqdm
-
-from mapo_loss import mapo_loss
 
 
 logger = get_logger(__name__)
@@ -395,8 +394,9 @@ def known_errors_end_in_one_line():  # twin
 
 def check_tokens(photos: list, args: argparse.Namespace) -> None:
     """Ends the run where a new token exists already or an initializer isn't one token; loads the tokenizers only."""
-    from diffusers import StableDiffusionXLPipeline
     from transformers import CLIPTokenizer
+
+    from diffusers import StableDiffusionXLPipeline
 
     name, hub = args.pretrained_model_name_or_path, {"revision": args.revision, "cache_dir": args.cache_dir}
     with blame("pretrained_model_name_or_path", name):
@@ -510,8 +510,9 @@ class PersonalizedModel(torch.nn.Module):
 
 def add_lora(module, args: argparse.Namespace, target_modules: list[str], **options) -> None:
     """Adds a LoRA in fp32 to layers of the UNet or of a text encoder."""
-    from diffusers.training_utils import cast_training_params
     from peft import LoraConfig
+
+    from diffusers.training_utils import cast_training_params
 
     with blame("lora_layers", args.lora_layers):
         for layer in target_modules:  # peft passes over a name that fits nothing, where another one fits
@@ -1212,9 +1213,10 @@ def log_validation(
 
 def save_weights(model, args: argparse.Namespace) -> None:
     """LoRA and rows of tokens, in the files that diffusers' loaders read."""
+    from peft import get_peft_model_state_dict
+
     from diffusers import StableDiffusionXLPipeline
     from diffusers.training_utils import _collate_lora_metadata
-    from peft import get_peft_model_state_dict
 
     output_dir, layers = Path(args.output_dir), {}
     for part, module in model.adapted.items():
@@ -1255,8 +1257,9 @@ def convert_to_kohya(layers: dict[str, torch.Tensor], alpha: float) -> dict[str,
 def save_model_card(prompt: str, images: list[Image.Image], report: str, args: argparse.Namespace) -> str:
     """README.md, with the images of the new contexts for the hub's gallery; returns its code, which loads the results
     and generates an image of the prompt."""
-    from diffusers.utils.hub_utils import populate_model_card
     from huggingface_hub import ModelCard, ModelCardData
+
+    from diffusers.utils.hub_utils import populate_model_card
 
     base, output_dir, tokens = args.pretrained_model_name_or_path, Path(args.output_dir), args.placeholder_token
     where = args.hub_model_id or args.output_dir
@@ -1345,9 +1348,10 @@ def save_results(model, history: list[dict], photos: list[Photo], rejected, befo
 
 def prepare_run(args: argparse.Namespace) -> Accelerator:
     """The accelerator, writable folders, and a quiet console: from libraries only errors, and bars of downloads."""
-    import diffusers
     import huggingface_hub
     import transformers
+
+    import diffusers
 
     accelerator = Accelerator(
         mixed_precision=args.mixed_precision,

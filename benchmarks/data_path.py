@@ -88,6 +88,7 @@ def own_pages() -> int:
 def run_to_first_step(path: Path, flags: list[str]) -> dict:
     """In a process of its own: the script's main, which ends where the first step would begin."""
     import torch
+
     from diffusers import AutoencoderKL
 
     sys.path.insert(0, str(path.parent))

@@ -111,8 +111,9 @@ def list_lines() -> list[dict]:
 def build_model(folder: Path, device: str) -> None:
     """SDXL of full size with random weights, in fp16 to be read fast."""
     import torch
-    from diffusers import AutoencoderKL, StableDiffusionXLPipeline, UNet2DConditionModel
     from step_variant import load_config, make_encoders
+
+    from diffusers import AutoencoderKL, StableDiffusionXLPipeline, UNet2DConditionModel
 
     torch.manual_seed(0)
     torch.set_default_dtype(torch.float16)

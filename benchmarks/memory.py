@@ -153,6 +153,7 @@ def move_ema(self, device, dtype=None) -> None:
 @contextlib.contextmanager
 def on_meta():
     import bitsandbytes
+
     from diffusers.training_utils import EMAModel
 
     with contextlib.ExitStack() as stack:

@@ -138,8 +138,9 @@ def load_config(folder: Path) -> dict:
 
 def make_encoders(folder: Path, device: torch.device, dtype: torch.dtype) -> dict:
     """SDXL's text encoders with random weights, and tokenizers that fill as many places."""
-    from diffusers import EulerDiscreteScheduler
     from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
+
+    from diffusers import EulerDiscreteScheduler
 
     parts = {"scheduler": EulerDiscreteScheduler()}
     for name, kind in (("text_encoder", CLIPTextModel), ("text_encoder_2", CLIPTextModelWithProjection)):

@@ -75,9 +75,10 @@ def run_script(main, args: argparse.Namespace) -> None:
 
 def quiet_libraries() -> None:
     """From diffusers and transformers, only errors and the progress of downloads."""
-    import diffusers
     import huggingface_hub
     import transformers
+
+    import diffusers
 
     for library in (diffusers, transformers):
         library.utils.logging.set_verbosity_error()

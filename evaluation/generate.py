@@ -220,8 +220,9 @@ def noise_seed(index: int, seed: int) -> int:
 
 
 def versions() -> dict[str, str]:
-    import diffusers
     import transformers
+
+    import diffusers
 
     return {
         "python": platform.python_version(),

@@ -56,8 +56,9 @@ class OneLineParser(argparse.ArgumentParser):
 def load_personalized_pipeline(model: str, lora_dir: str, tokens: list[str] | None = None, **options):
     """A StableDiffusionXLPipeline with the LoRA of `lora_dir` and its tokens, in the order in which they were trained.
     `options` go to `from_pretrained`."""
-    from diffusers import StableDiffusionXLPipeline
     from safetensors.torch import load_file
+
+    from diffusers import StableDiffusionXLPipeline
 
     pipeline = StableDiffusionXLPipeline.from_pretrained(model, **options)
     pipeline.load_lora_weights(lora_dir, weight_name="pytorch_lora_weights.safetensors")
@@ -212,8 +213,9 @@ def first_line(error: Exception) -> str:
 
 def check_new_to_tokenizers(args: argparse.Namespace) -> None:
     """Also finds a missing model before its weights are loaded."""
-    from diffusers import StableDiffusionXLPipeline
     from transformers import CLIPTokenizer
+
+    from diffusers import StableDiffusionXLPipeline
 
     model = args.pretrained_model_name_or_path
     try:
@@ -236,8 +238,9 @@ def quiet_libraries() -> None:
     """From diffusers and transformers, only errors."""
     import warnings
 
-    import diffusers
     import transformers
+
+    import diffusers
 
     warnings.filterwarnings("ignore", message=".*local_dir_use_symlinks")  # diffusers' own call of the hub's client
 

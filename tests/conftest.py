@@ -38,9 +38,8 @@ def train(hub_cache, tmp_path):
     """Runs the script in this process: `train("--beta_mapo=8")` -> its output folder."""
 
     def run(*flags: str, output_dir: str = "out") -> Path:
-        from accelerate.state import AcceleratorState
-
         import train_diffusion_mapo_sdxl as script
+        from accelerate.state import AcceleratorState
 
         AcceleratorState._reset_state(reset_partial_state=True)
         out = tmp_path / output_dir

@@ -16,10 +16,10 @@ import datasets  # noqa: E402, F401
 import matplotlib.pyplot  # noqa: E402, F401
 import peft  # noqa: E402, F401
 import torch._dynamo  # noqa: E402, F401
-from diffusers import StableDiffusionXLPipeline, optimization, training_utils  # noqa: E402, F401
+import train_diffusion_mapo_sdxl as script  # noqa: E402
 from transformers import CLIPTextModelWithProjection  # noqa: E402, F401
 
-import train_diffusion_mapo_sdxl as script  # noqa: E402
+from diffusers import StableDiffusionXLPipeline, optimization, training_utils  # noqa: E402, F401
 
 
 def run(job: dict) -> None:

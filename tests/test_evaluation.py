@@ -16,11 +16,10 @@ import pytest
 import small_model
 import torch
 from conftest import REPO, rows_of, start
+from evaluation import common, compare, export_layouts, generate, metrics, reference_mismatch, score
 from PIL import Image
 from safetensors.torch import save_file
 from scipy.special import erf
-
-from evaluation import common, compare, export_layouts, generate, metrics, reference_mismatch, score
 
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -664,10 +663,11 @@ def test_same_noise_for_every_model_batch_and_run(tmp_path):
 
 
 def test_lora_unet_and_embeddings_reach_the_images(tmp_path):
-    from diffusers import StableDiffusionXLPipeline
-    from diffusers.utils import convert_state_dict_to_diffusers
     from peft import LoraConfig
     from peft.utils import get_peft_model_state_dict
+
+    from diffusers import StableDiffusionXLPipeline
+    from diffusers.utils import convert_state_dict_to_diffusers
 
     pipeline = StableDiffusionXLPipeline.from_pretrained(MODEL)
     with torch.no_grad():

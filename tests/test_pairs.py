@@ -19,10 +19,9 @@ import pytest
 import small_model
 import torch
 from conftest import REPO, rows_of, start
-from PIL import Image
-
 from evaluation import compare, generate, score
 from pairs import build_preference_pairs as pairs
+from PIL import Image
 
 
 pytestmark = pytest.mark.usefixtures("one_thread")

@@ -5,9 +5,8 @@ import re
 import pytest
 import torch
 from conftest import REPO
-from safetensors.torch import save_file
-
 from inference import reward_guidance
+from safetensors.torch import save_file
 
 
 MODEL = str(REPO / "demo" / "sdxl-tiny-emoji")

@@ -413,9 +413,8 @@ BAD = {
 
 @pytest.mark.parametrize("fault", BAD)
 def test_bad_input_ends_in_one_line(fault, hub_cache, tmp_path, monkeypatch, capfd):
-    from accelerate.state import AcceleratorState
-
     import train_diffusion_mapo_sdxl as script
+    from accelerate.state import AcceleratorState
 
     if not fault.startswith(
         ("image", "a stream of ties", "model", "VAE", "LoRA")
@@ -460,9 +459,8 @@ OTHER = [
 def test_a_run_does_not_go_on_with_other_settings_or_pairs(
     flag, expected, short_run, unbroken, tmp_path, monkeypatch, hub_cache
 ):
-    from accelerate.state import AcceleratorState
-
     import train_diffusion_mapo_sdxl as script
+    from accelerate.state import AcceleratorState
 
     if flag != "--dataset_name":  # whose pairs are known when their images were read
         monkeypatch.setattr(script, "load_unet", lambda *_: pytest.fail("a model was loaded"))

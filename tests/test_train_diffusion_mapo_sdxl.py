@@ -1186,7 +1186,6 @@ def test_the_card_survives_a_hostile_caption(train, tmp_path):
 
 def test_downloads_show_their_bars():
     import huggingface_hub
-
     import train_diffusion_mapo_sdxl as script
 
     huggingface_hub.utils.disable_progress_bars()
@@ -1196,9 +1195,8 @@ def test_downloads_show_their_bars():
 
 
 def test_names_that_need_another_font_are_drawn_in_one_that_has_them(caplog):
-    from matplotlib import ft2font
-
     import train_diffusion_mapo_sdxl as script
+    from matplotlib import ft2font
 
     single_process()
     font = ft2font.FT2Font(script.find_font("d\u00e9j\u00e0 \u017eluť"))
@@ -1209,9 +1207,8 @@ def test_names_that_need_another_font_are_drawn_in_one_that_has_them(caplog):
 
 
 def test_curves_of_a_short_run_have_whole_steps(tmp_path):
-    from matplotlib import pyplot
-
     import train_diffusion_mapo_sdxl as script
+    from matplotlib import pyplot
 
     names = ("loss", "margin", "accuracy", "margin_weight", "mse_w", "mse_l")
     history = [{"step": step, **dict.fromkeys(names, 0.5)} for step in (1, 2)]

@@ -829,9 +829,9 @@ def test_sigterm_leaves_a_checkpoint_and_says_how_to_go_on(hub_cache, tmp_path):
 
 
 def test_reward_guidance_is_the_plain_pipelines_image_at_its_two_ends(train):
-    from diffusers import StableDiffusionXLPipeline
-
     from inference.reward_guidance import generate_with_reward_guidance
+
+    from diffusers import StableDiffusionXLPipeline
 
     pipeline = load_plain(train("--train_text_encoder"))
 

@@ -16,10 +16,9 @@ import pytest
 import requests
 import small_model
 from conftest import rows_of, start
-from PIL import Image
-
 from evaluation.common import load_pairs
 from pairs import vote
+from PIL import Image
 
 
 pytestmark = pytest.mark.usefixtures("one_thread")
