@@ -274,6 +274,11 @@ def parse_args(input_args: list[str] | None = None) -> argparse.Namespace:
             action.help += " Default: %(default)s."
     defaults, args = vars(parser.parse_args([])), parser.parse_args(input_args)
     demo = args.pretrained_model_name_or_path is None and args.dataset_name is None
+    if demo and not DEMO.is_dir():
+        parser.error(
+            "--pretrained_model_name_or_path and --dataset_name are needed: an SDXL model such as "
+            "stabilityai/stable-diffusion-xl-base-1.0, and preference pairs"
+        )
     if demo:
         parser.set_defaults(**DEMO_SETTINGS)  # what the user did name still counts
         args = parser.parse_args(input_args)

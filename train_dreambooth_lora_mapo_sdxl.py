@@ -267,6 +267,11 @@ def parse_args(input_args: list[str] | None = None) -> argparse.Namespace:
             action.help += " Default: %(default)s."
     defaults, args = vars(parser.parse_args([])), parser.parse_args(input_args)
     demo = args.pretrained_model_name_or_path is None and args.instance_data_dir is None
+    if demo and not DEMO.is_dir():
+        parser.error(
+            "--pretrained_model_name_or_path and --instance_data_dir are needed: an SDXL model such as "
+            "stabilityai/stable-diffusion-xl-base-1.0, and photos"
+        )
     if demo:
         parser.set_defaults(**DEMO_SETTINGS)  # what the user did name still counts
         args = parser.parse_args(input_args)
