@@ -25,6 +25,37 @@ SHORT = (
 ).split()
 
 
+# Modules and tests with the mark `fast`.
+FAST = {
+    "test_mapo_loss",
+    "test_both_scripts",
+    "test_docs",
+    "test_a_bad_flag_ends_in_one_line",
+    "test_help_says_what_each_flag_does",
+    "test_every_command_has_something_that_runs_it",
+    "test_every_flag_and_file_that_a_page_names_is_there",
+    "test_diffusers_linter_passes",
+    "test_one_pass_over_winners_then_losers_that_share_all_but_the_picture",
+    "test_the_loss_is_appendix_a_pair_by_pair_in_float64",
+    "test_noise_and_timestep_of_a_pair_depend_on_seed_and_position_alone",
+    "test_each_loss_is_its_formula_sample_by_sample_in_float64",
+    "test_the_label_decides_which_image_won_and_ties_and_unlabelled_rows_are_left_out",
+    "test_every_layout_gives_the_same_winners_and_losers",
+    "test_every_form_of_input_gives_the_same_photos",
+    "test_image_paths_stay_in_their_root",
+    "test_names_of_a_kohya_file",
+    "test_report_by_hand",
+    "test_context_of_an_answer",
+    "test_rating_of_an_answer",
+}
+
+
+def pytest_collection_modifyitems(items):
+    for item in items:
+        if {item.path.stem, item.originalname} & FAST:
+            item.add_marker("fast")
+
+
 @pytest.fixture(scope="session", autouse=True)
 def hub_cache(tmp_path_factory) -> Path:
     """Everything that `datasets` and the scripts cache, away from the user's."""
