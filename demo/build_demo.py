@@ -521,13 +521,14 @@ def write_pipeline(args: argparse.Namespace, vae, tokenizers: tuple, modules) ->
 
 
 def train_judge(args: argparse.Namespace, drawings: dict, vae):
-    """Learns from drawings, from what the VAE makes of them, and from the base's images for captions that name a
-    style, so that it judges style and not sharpness. Nothing of a held-out caption is among them."""
+    """Learns from drawings, those that the demo doesn't show too, from what the VAE makes of them, and from the base's
+    images for captions that name a style, so that it judges style and not sharpness. Nothing of a held-out caption is
+    among them."""
     from demo.report import generate
     from demo.style_judge import StyleJudge, to_batch
 
     seen = ~drawings["held_out"]
-    captions = drawings["captions"][seen].tolist()
+    captions = drawings["captions"][seen & drawings["shown"]].tolist()
     judge = StyleJudge().to(args.device)
     versions = []  # (images, labels)
     for label, foundry in enumerate(FOUNDRIES if not (args.work_dir / "judge.pt").exists() else ()):
@@ -676,13 +677,13 @@ def main(args: argparse.Namespace) -> None:
     vae = train_vae(args, drawings)
     tokenizers, modules = train_base(args, drawings, vae)
     write_pipeline(args, vae, tokenizers, modules)
+    judge = train_judge(args, drawings, vae)
+    weights = {name: weight.half().contiguous() for name, weight in judge.state_dict().items()}
+    save_file(weights, args.output_dir / "style_judge.safetensors")
     shown = drawings["shown"]
     drawings = {name: drawings[name][shown] for name in ("captions", "held_out", *FOUNDRIES)}
     write_drawings(args, drawings)
     write_pairs(args, drawings)
-    judge = train_judge(args, drawings, vae)
-    weights = {name: weight.half().contiguous() for name, weight in judge.state_dict().items()}
-    save_file(weights, args.output_dir / "style_judge.safetensors")
     figures = measure_demo(args, drawings, vae, judge)
     (args.output_dir / "figures.json").write_text(json.dumps(figures, indent=2) + "\n")
     print(json.dumps(figures, indent=2))
