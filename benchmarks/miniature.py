@@ -20,7 +20,7 @@ Does the safeguard keep the winner? MaPO with and without it on the demo's base,
 Each run is one of train_diffusion_mapo_sdxl.py on pairs in which one foundry's drawing is chosen. On captions that no
 pair has it measures preference and damage of the images (demo/report.py), and the errors on held-out pairs as the run
 itself logs them, before and after. Runs are lines of `--results`, printed as a table: the mean over seeds, and their
-spread. New drawings of the preferred style are rarely nearest to a known one of their caption (OpenMoji's own: 10 %), so
+spread. New drawings of a style are rarely nearest to a known one of their caption (10 % of OpenMoji's own are), so
 that is asked on captions of pairs too. `--images_dir` gets twelve images of each run.
 """
 
