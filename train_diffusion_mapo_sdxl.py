@@ -542,13 +542,12 @@ class PreferencePairs:
     def where(self, i: int) -> str:
         return f"row {self.rows[i]}" if self.chunk is None else f"the row of caption {str(self.captions[i])[:60]!r}"
 
-    def images(self, i: int, decode: bool = True) -> list:
-        """Chosen and rejected image of pair i in RGB, or their files. Raises ValueError, which names the row."""
+    def images(self, i: int, read=None) -> list:
+        """Chosen and rejected image of pair i in RGB, or what `read` makes of their files; errors name the row."""
         record, found = self.dataset[int(self.rows[i])], []
         for side in self.sides if self.chosen_first[i] else self.sides[::-1]:
             try:
-                file = read_file(record[side], self.image_root)
-                found.append(decode_image(file) if decode else file)
+                found.append((read or decode_image)(read_file(record[side], self.image_root)))
             except Exception as error:  # PIL's decoders raise errors of any kind
                 raise ValueError(f"{self.where(i)}: {side} is no readable image ({error})") from error
         return found
@@ -800,20 +799,23 @@ def encode_pairs(source: Source, count: int, vae, folder: Path, args, accelerato
             return [Pair(*pair) for pair in known]
     flips = (False, True) if args.random_flip else (False,)
 
+    def prepare_file(file: bytes) -> tuple:
+        """Key of an image and, where the cache doesn't have it, what is to be encoded."""
+        key = hash_of(file)
+        if entry_path(folder, key).exists():
+            return key, []
+        random = np.random.default_rng((args.seed, 1, int(key, 16))).random(2)
+        image, crop = decode_image(file), random if args.random_crop else np.full(2, 0.5)
+        return key, [prepare_image(image, args.resolution, crop, flip) for flip in flips]
+
     def prepare(item: tuple) -> tuple:
-        """Place, pair and, by key, what is to be encoded; instead of the pair the reason why it can't be read."""
+        """Place, pair and its prepared images; instead of the pair the reason why it can't be read."""
         place, (table, i) = item
         try:
-            keys = [hash_of(file) for file in table.images(i, decode=False)]
-            prepared = {}
-            if not all(entry_path(folder, key).exists() for key in keys):
-                for key, image in zip(keys, table.images(i)):
-                    random = np.random.default_rng((args.seed, 1, int(key, 16))).random(2)
-                    crop = random if args.random_crop else np.full(2, 0.5)
-                    prepared[key] = [prepare_image(image, args.resolution, crop, flip) for flip in flips]
+            prepared = table.images(i, prepare_file)
         except ValueError as error:
-            return place, error, {}
-        return place, Pair(*keys, table.captions[i]), prepared
+            return place, error, []
+        return place, Pair(*(key for key, _ in prepared), table.captions[i]), prepared
 
     candidates = enumerate(itertools.islice(source.pairs, count))
     mine = (item for item in candidates if item[0] % accelerator.num_processes == accelerator.process_index)
@@ -821,12 +823,11 @@ def encode_pairs(source: Source, count: int, vae, folder: Path, args, accelerato
     for place, pair, prepared in tqdm(prefetch(prepare, mine), desc="Images", total=total, disable=not main):
         if isinstance(pair, ValueError) and not args.skip_unreadable:
             fail(f"--dataset_name {args.dataset_name}: {pair}; mend it, or see --skip_unreadable")
-        if prepared:
-            latents = encode_pixels(torch.stack([pixels for views in prepared.values() for pixels, _ in views]), vae)
-            for (key, views), encoded in zip(prepared.items(), latents.split(len(flips))):
+        for key, views in prepared:  # an image alone: rounding depends on what else is in a batch
+            if views:
+                latents = encode_pixels(torch.stack([pixels for pixels, _ in views]), vae)
                 time_ids = torch.tensor([ids for _, ids in views], dtype=torch.float32)
-                if not entry_path(folder, key).exists():  # another pair may have it; rounding depends on the batch
-                    save_entry(folder, key, {"latents": encoded.half(), "time_ids": time_ids})
+                save_entry(folder, key, {"latents": latents.half(), "time_ids": time_ids})
         found.append((place, None if isinstance(pair, ValueError) else pair))
     found = [pair for _, pair in sorted(gather_object(found))]
     pairs = [Pair(*pair) for pair in found if pair is not None]
@@ -1366,9 +1367,10 @@ def warn_of_lost_likelihood(history: list[dict], args: argparse.Namespace) -> No
     if len(risen) != 1 or risen[0] != measured[-1][0]:
         return
     good = [p for p in list_checkpoints(Path(args.output_dir)) if int(p.name.split("-")[1]) <= measured[-2][0]]
+    stronger = "--safeguard 0.8" if (args.safeguard or 0) < 0.8 else "a larger --safeguard"
     logger.warning(
         f"Step {risen[0]}: the error on held-out chosen images rose from {measured[0][1]:.4g} to "
-        f"{measured[-1][1]:.4g}: the winner's likelihood falls, and images may be ruined. Try --safeguard 0.8, a "
+        f"{measured[-1][1]:.4g}: the winner's likelihood falls, and images may be ruined. Try {stronger}, a "
         "lower --learning_rate or a larger --beta_mapo. "
         f"{good[-1] if good else 'No checkpoint'} is from before that."
     )

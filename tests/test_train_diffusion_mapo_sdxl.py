@@ -1103,20 +1103,23 @@ def test_held_out_pairs_of_the_training_set_are_not_trained_on(hub_cache):
         encode(script, DEMO / "pairs", hub_cache, "--num_validation_pairs=20", "--max_train_samples=20")
 
 
-def test_a_winner_whose_error_rises_gives_one_warning_that_names_the_checkpoint_before(train, caplog):
+@pytest.mark.parametrize("safeguard, advice", [("off", "Try --safeguard 0.8,"), ("0.8", "Try a larger --safeguard,")])
+def test_a_winner_whose_error_rises_gives_one_warning_with_the_checkpoint_before(train, caplog, safeguard, advice):
     flags = ["--max_train_steps=6", "--validation_steps=2", "--checkpointing_steps=2", "--checkpoints_total_limit=9"]
     with caplog.at_level("INFO", logger="train_diffusion_mapo_sdxl"):
-        out = train(*flags, "--learning_rate=3e-3", "--lr_scheduler=constant", "--skip_final_inference")
+        flags += ["--learning_rate=3e-3", "--lr_scheduler=constant", "--skip_final_inference"]
+        out = train(*flags, f"--safeguard={safeguard}")
     errors = [record["val_mse_w"] for record in held_out(out)]
     (first,) = [i for i, error in enumerate(errors) if error > 1.05 * errors[0]][:1]
     said = [record.getMessage() for record in caplog.records if "winner's likelihood falls" in record.getMessage()]
-    assert len(said) == 1 and f"Step {2 * first}:" in said[0] and "--safeguard 0.8" in said[0]
+    assert len(said) == 1 and f"Step {2 * first}:" in said[0] and advice in said[0]
     assert (f"checkpoint-{2 * first - 2} is from before" if first > 1 else "No checkpoint is from before") in said[0]
 
 
 def test_the_safeguard_reaches_the_loss_and_is_logged(train):
     flags = ["--learning_rate=1e-3", "--skip_final_inference"]
-    plain, guarded = train(*flags, output_dir="plain"), train(*flags, "--safeguard=0.9", output_dir="guarded")
+    plain = train(*flags, "--safeguard=off", output_dir="plain")
+    guarded = train(*flags, "--safeguard=0.9", output_dir="guarded")
     assert {record["safeguard"] for record in read_metrics(plain)} == {1.0}
     assert min(record["safeguard"] for record in read_metrics(guarded)) < 0.9
     assert '"safeguard": 0.9' in (guarded / "README.md").read_text()
