@@ -157,21 +157,6 @@ def test_pickled_bytes_as_images_are_not_run(trap, train, tmp_path):
     one_line(train(SCRIPTS[0], write_model(tmp_path / "model"), pairs), "is no readable image")
 
 
-@pytest.mark.parametrize("script", SCRIPTS)
-def test_pickles_in_a_checkpoint_are_not_run(script, trap, train, tmp_path):
-    model, data = write_model(tmp_path / "model"), data_of(script, tmp_path)
-    assert train(script, model, data, "--checkpointing_steps=1") is None
-    files = (tmp_path / "out" / "checkpoint-1").rglob("*")
-    pickles = [path for path in files if path.suffix in (".bin", ".pkl", ".pt")]
-    assert pickles  # accelerate's
-    for path in pickles:
-        torch.save({"state": trap}, path)
-    try:
-        train(script, model, data, "--checkpointing_steps=1", "--resume_from_checkpoint=latest", "--max_train_steps=2")
-    except pickle.UnpicklingError as error:
-        assert "weights_only" in str(error).lower() or "Weights only" in str(error)
-
-
 def test_no_source_asks_for_code_of_others():
     for path in [*REPO.glob("*.py"), *REPO.glob("[!.]*/*.py")]:
         if path.parent.name != "tests":
