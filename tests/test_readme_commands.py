@@ -88,7 +88,9 @@ HOW = {
         "python inference/reward_guidance.py": RUN,
     },
     "pairs/README.md": {
-        "train_diffusion_mapo_sdxl.py --dataset_name FOLDER": RUN,  # by the commands below
+        "train_diffusion_mapo_sdxl.py --dataset_name FOLDER": (
+            "tests/test_readme_commands.py::test_pairs_from_votes_images_and_scores"
+        ),
         "python pairs/vote.py --output_dir my-taste": PARSE,  # the next one votes
         "BASE=": RUN,
         "python -": RUN,
@@ -206,6 +208,7 @@ def how_to(page: str, command: Command) -> tuple[str, str]:
 def test_every_command_has_something_that_runs_it(page):
     used = {how_to(page, command)[0] for block in commands_of(page) for command in block}
     assert used == set(HOW.get(page, {})), "lines of HOW without a command"
+    assert all(how_to(page, command)[1] != RUN for command in commands_of(page)[-1]), "only blocks run"
     for how in {HOW[page][key] for key in used} - {RUN, PARSE}:
         path, _, test = how.partition("::")
         assert (REPO / path).is_file() and f"def {test}(" in (REPO / path).read_text() or not test, how
