@@ -137,12 +137,14 @@ class Refuse:
             raise ModuleNotFoundError(name)
 
 sys.meta_path.insert(0, Refuse)
-before = dict(os.environ)
+def environment():  # but for what pytest and torch put there themselves
+    return {name: value for name, value in os.environ.items() if not name.startswith(("PYTEST_", "TORCHINDUCTOR_"))}
+
+before = environment()
 import pytest
 
 code = pytest.main(["-q", "-p", "no:cacheprovider", "-p", "no:hypothesispytest", *sys.argv[1:]])
-after = {name: value for name, value in os.environ.items() if not name.startswith(("PYTEST_", "TORCHINDUCTOR_"))}
-print("environment:", "as it was" if after == before else after)
+print("environment:", "as it was" if environment() == before else environment())
 sys.exit(code)
 """
 
