@@ -102,22 +102,6 @@ from mapo_loss import mapo_loss
 logger = get_logger(__name__)
 
 DEMO = Path(__file__).resolve().parent / "demo"
-DEMO_SETTINGS = {
-    "pretrained_model_name_or_path": str(DEMO / "sdxl-tiny-emoji"),
-    "dataset_name": str(DEMO / "pairs"),
-    "validation_split_name": "test",
-    "num_validation_pairs": 50,
-    "safeguard": 0.8,
-    "validation_steps": 25,
-    "validation_guidance_scale": 2.0,
-    "output_dir": "mapo-demo",
-    "resolution": 64,
-    "train_batch_size": 16,
-    "learning_rate": 1e-5,
-    "lr_scheduler": "constant_with_warmup",
-    "lr_warmup_steps": 10,
-    "max_train_steps": 150,
-}
 PACKAGES = {"adamw_8bit": "bitsandbytes", "adamw_bf16": "optimi", "prodigy": "prodigyopt", "wandb": "wandb"}
 PACKAGES |= {"tensorboard": "tensorboard", "trackio": "trackio"}
 STATE_BYTES = {"adamw": 8, "adamw_8bit": 2, "adamw_bf16": 6, "adafactor": 0, "prodigy": 16}  # of a weight
@@ -276,7 +260,9 @@ def parse_args(input_args: list[str] | None = None) -> argparse.Namespace:
     defaults, args = vars(parser.parse_args([])), parser.parse_args(input_args)
     demo = args.pretrained_model_name_or_path is None and args.dataset_name is None
     if demo:
-        parser.set_defaults(**DEMO_SETTINGS)  # what the user did name still counts
+        from demo.settings import PAIRS
+
+        parser.set_defaults(**PAIRS)  # what the user did name still counts
         args = parser.parse_args(input_args)
     args.demo, args.changed = demo, sorted(name for name, value in vars(args).items() if value != defaults[name])
     if args.optimizer == "adamw_bf16" and args.mixed_precision is None:
@@ -298,8 +284,8 @@ def check_args(parser: argparse.ArgumentParser, args: argparse.Namespace) -> Non
         if getattr(args, name) == "":
             parser.error(f"--{name}: is empty")
     for needed, names in NEEDS.items():
-        for name in sorted({*names} & {*args.changed} - {*(DEMO_SETTINGS if args.demo else ())}):
-            if not getattr(args, needed):
+        for name in sorted({*names} & {*args.changed}):
+            if not getattr(args, needed) and not (args.demo and name == "validation_split_name"):
                 parser.error(f"--{name} needs --{needed} too")
     for together in TOGETHER:
         missing = [name for name in together if getattr(args, name) is None]
@@ -1542,15 +1528,9 @@ def save_results(prompts: list[str], history: list[dict], args: argparse.Namespa
     plot_curves(history, Path(args.output_dir) / "curves.png")
     report = ""
     if args.demo and not args.skip_final_inference:
-        from diffusers import StableDiffusionXLPipeline
-
         from demo.report import preference_report
 
-        base = args.pretrained_model_name_or_path if args.use_lora else args.output_dir
-        pipeline = StableDiffusionXLPipeline.from_pretrained(base, dtype=torch.float32, add_watermarker=False)
-        if args.use_lora:
-            pipeline.load_lora_weights(args.output_dir, weight_name="pytorch_lora_weights.safetensors")
-        report = preference_report(pipeline)
+        report = preference_report(args.output_dir, args.pretrained_model_name_or_path if args.use_lora else None)
         print(report)
     save_model_card(prompts, report, args)
     if args.push_to_hub:
@@ -1775,12 +1755,9 @@ def known_errors_end_in_one_line():  # twin
 @known_errors_end_in_one_line()
 def main(args: argparse.Namespace) -> None:
     if args.demo and os.environ.get("RANK", "0") == "0":
-        print(
-            "Neither --pretrained_model_name_or_path nor --dataset_name is given: training the demo. It keeps the "
-            "winner by a safeguard that the paper doesn't have; --safeguard off is the paper's loss. For SDXL: "
-            "accelerate launch train_diffusion_mapo_sdxl.py --dataset_name YOUR_PAIRS --pretrained_model_name_or_path "
-            "stabilityai/stable-diffusion-xl-base-1.0 --mixed_precision bf16 --gradient_checkpointing --use_8bit_adam"
-        )
+        from demo.settings import PAIRS_NOTE
+
+        print(PAIRS_NOTE)
     started = time.perf_counter()
     accelerator = prepare_run(args)
     prepare_sharding(args, accelerator)

@@ -103,27 +103,6 @@ from mapo_loss import mapo_loss
 logger = get_logger(__name__)
 
 DEMO = Path(__file__).resolve().parent / "demo"
-# What the demo trains with; a flag on the command line still counts.
-DEMO_SETTINGS = {
-    "pretrained_model_name_or_path": str(DEMO / "sdxl-tiny-emoji"),
-    "instance_data_dir": str(DEMO / "subject"),
-    "placeholder_token": ["<cat>"],
-    "initializer_token": ["cat"],
-    "output_dir": "mapo-demo-subject",
-    "resolution": 64,
-    "learning_rate": 1e-3,
-    "text_encoder_lr": 1e-3,
-    "max_train_steps": 300,
-    "sample_batch_size": 16,
-    "guidance_scale": 2.0,
-    "validation_prompts": [
-        "<cat> face with tears of joy",
-        "<cat> face with wry smile",
-        "kissing <cat> face with closed eyes",
-        "weary <cat> face",
-        "black <cat>",
-    ],
-}
 OPTIMIZERS = ("adamw", "adamw_8bit", "adafactor", "prodigy")
 SCHEDULES = ("linear", "cosine", "cosine_with_restarts", "polynomial", "constant", "constant_with_warmup")
 # Packages that a choice needs.
@@ -269,7 +248,9 @@ def parse_args(input_args: list[str] | None = None) -> argparse.Namespace:
     defaults, args = vars(parser.parse_args([])), parser.parse_args(input_args)
     demo = args.pretrained_model_name_or_path is None and args.instance_data_dir is None
     if demo:
-        parser.set_defaults(**DEMO_SETTINGS)  # what the user did name still counts
+        from demo.settings import SUBJECT
+
+        parser.set_defaults(**SUBJECT)  # what the user did name still counts
         args = parser.parse_args(input_args)
     args.demo, args.changed = demo, sorted(name for name, value in vars(args).items() if value != defaults[name])
     args.uses_rejected = args.loss_type == "mapo" or args.with_prior_preservation
@@ -1431,12 +1412,9 @@ def main(args: argparse.Namespace) -> None:
 
     started = time.perf_counter()
     if args.demo and os.environ.get("RANK", "0") == "0":
-        print(
-            "Neither --pretrained_model_name_or_path nor --instance_data_dir is given: training the demo. For SDXL: "
-            "accelerate launch train_dreambooth_lora_mapo_sdxl.py --instance_data_dir YOUR_PHOTOS "
-            "--placeholder_token '<dog>' --initializer_token dog --pretrained_model_name_or_path "
-            "stabilityai/stable-diffusion-xl-base-1.0 --mixed_precision bf16 --gradient_checkpointing"
-        )
+        from demo.settings import SUBJECT_NOTE
+
+        print(SUBJECT_NOTE)
     accelerator = prepare_run(args)
     photos = load_photos(args)
     rejected = find_rejected(photos, args) if args.rejected_data_dir else []
