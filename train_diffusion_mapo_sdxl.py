@@ -581,21 +581,20 @@ def load_dataset(args: argparse.Namespace, split: str) -> tuple:
 
 
 def list_image_folders(path: Path) -> list[dict[str, str]]:
-    """`w/NAME.*`, `l/NAME.*`, `NAME.txt` -> one row per name. Other files are passed over."""
+    """`w/NAME.*`, `l/NAME.*`, `NAME.txt` -> one row per name. Files that aren't images are passed over."""
     images = {}
     for file in sorted([*path.glob("w/[!.]*"), *path.glob("l/[!.]*")]):
         if file.suffix.lower() in Image.registered_extensions():
-            key = (file.stem, file.parent.name)
-            if key in images:
-                raise ValueError(f"{file} and {images[key]} have one name")
-            images[key] = str(file)
+            sides = images.setdefault(file.stem, {})
+            if (side := file.parent.name) in sides:
+                raise ValueError(f"{file} and {sides[side]} have one name")
+            sides[side] = str(file)
     rows = []
-    for name in sorted({name for name, _ in images}):
-        for side in "wl":
-            if (name, side) not in images:
-                raise ValueError(f"no image {side}/{name} to go with the other one")
+    for name, sides in sorted(images.items()):
+        if len(sides) < 2:
+            raise ValueError(f"no image {'l' if 'w' in sides else 'w'}/{name} to go with the other one")
         caption = (path / f"{name}.txt").read_text(encoding="utf-8-sig").strip()
-        rows.append({"caption": caption, "chosen": images[name, "w"], "rejected": images[name, "l"]})
+        rows.append({"caption": caption, "chosen": sides["w"], "rejected": sides["l"]})
     return rows
 
 
@@ -733,16 +732,13 @@ def warn_of_room(folder: Path, needed: float, what: str) -> None:
         logger.warning(f"{what} may take {needed / 1e9:.1f} GB, but {folder} has {free / 1e9:.1f} GB left.")
 
 
-def prefetch(function, items) -> Iterator:
+def prefetch(function, items: Iterator, ahead: int = 32) -> Iterator:
     """`function` of each item, in their order; threads work ahead."""
     with ThreadPoolExecutor() as pool:
-        pending = deque()
-        for item in items:
-            pending.append(pool.submit(function, item))
-            if len(pending) > 2 * pool._max_workers:
-                yield pending.popleft().result()
+        pending = deque(pool.submit(function, item) for item in itertools.islice(items, ahead))
         while pending:
             yield pending.popleft().result()
+            pending.extend(pool.submit(function, item) for item in itertools.islice(items, 1))
 
 
 @torch.no_grad()
@@ -790,26 +786,25 @@ def encode_pairs(source: Source, count: int, vae, folder: Path, args, accelerato
         return key, [prepare_image(image, args.resolution, crop, flip) for flip in flips]
 
     def prepare(item: tuple) -> tuple:
-        """Place, pair and its prepared images; instead of the pair the reason why it can't be read."""
+        """Place, caption and images of a pair; instead of the caption the reason why it can't be read."""
         place, (table, i) = item
         try:
-            prepared = table.images(i, prepare_file)
+            return place, table.captions[i], table.images(i, prepare_file)
         except ValueError as error:
             return place, error, []
-        return place, Pair(*(key for key, _ in prepared), table.captions[i]), prepared
 
     candidates = enumerate(itertools.islice(source.pairs, count))
     mine = (item for item in candidates if item[0] % accelerator.num_processes == accelerator.process_index)
     found, total = [], -(-count // accelerator.num_processes)
-    for place, pair, prepared in tqdm(prefetch(prepare, mine), desc="Images", total=total, disable=not main):
-        if isinstance(pair, ValueError) and not args.skip_unreadable:
-            fail(f"--dataset_name {args.dataset_name}: {pair}; mend it, or see --skip_unreadable")
-        for key, views in prepared:  # an image alone: rounding depends on what else is in a batch
+    for place, caption, images in tqdm(prefetch(prepare, mine), desc="Images", total=total, disable=not main):
+        if isinstance(caption, ValueError) and not args.skip_unreadable:
+            fail(f"--dataset_name {args.dataset_name}: {caption}; mend it, or see --skip_unreadable")
+        for key, views in images:  # an image alone: rounding depends on what else is in a batch
             if views:
                 latents = encode_pixels(torch.stack([pixels for pixels, _ in views]), vae)
                 time_ids = torch.tensor([ids for _, ids in views], dtype=torch.float32)
                 save_entry(folder, key, {"latents": latents.half(), "time_ids": time_ids})
-        found.append((place, None if isinstance(pair, ValueError) else pair))
+        found.append((place, [*(key for key, _ in images), caption] if images else None))
     found = [pair for _, pair in sorted(gather_object(found))]
     pairs = [Pair(*pair) for pair in found if pair is not None]
     source.counts["unreadable"] = len(found) - len(pairs)
@@ -876,11 +871,6 @@ class EncodedPairs(torch.utils.data.Dataset):
         row["latents"] = torch.stack([winner["latents"][int(flip)], loser["latents"][int(flip)]])
         row["time_ids"] = winner["time_ids"][int(flip)]  # part of c, which the pair shares
         return {name: value.float() for name, value in row.items()} | {"position": torch.tensor(position)}
-
-    def fingerprint(self, positions: int) -> str:
-        """Changes with the pairs at the first positions of the run."""
-        wrapped = len(self.pairs) if positions > len(self.pairs) else None
-        return hash_of(self.pairs[:positions], wrapped)
 
 
 class Data(NamedTuple):
@@ -1134,14 +1124,6 @@ FREE_SETTINGS = frozenset(
 )
 
 
-def describe_run(args: argparse.Namespace, accelerator: Accelerator) -> dict:
-    """What must not change when a run goes on."""
-    run = {f"--{name}": value for name, value in sorted(vars(args).items()) if name not in FREE_SETTINGS}
-    run["pairs in a step"] = pairs_per_step(args, accelerator)
-    kind, processes = accelerator.distributed_type.value, accelerator.num_processes
-    return run | {"a run of": f"{kind} with {processes}" if kind in SHARDED else "replicas"}
-
-
 def check_resumption(checkpoint: Path | None, now: dict) -> None:  # twin
     """Ends the run with one line where it can't go on as the checkpoint's run would have."""
     then = {} if checkpoint is None else json.loads((checkpoint / "state.json").read_text())["run"]
@@ -1278,13 +1260,11 @@ class MetricsLog:
 
 def plot_curves(history: list[dict], path: Path) -> None:
     """The curves by which a run is judged, with those of the held-out pairs where there are any."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
+    from matplotlib.figure import Figure
     from matplotlib.ticker import MaxNLocator
 
-    figure, axes = plt.subplots(2, 3, figsize=(14, 6), layout="constrained")
+    figure = Figure(figsize=(14, 6), layout="constrained")
+    axes = figure.subplots(2, 3)
     for axis, name in zip(axes.flat, ("loss", "margin", "accuracy", "margin_weight", "mse_w", "mse_l")):
         axis.set(title=name, xlabel="step")
         axis.xaxis.set_major_locator(MaxNLocator(integer=True))
@@ -1301,7 +1281,6 @@ def plot_curves(history: list[dict], path: Path) -> None:
     if len(axes.flat[1].get_lines()) > 1:
         axes.flat[1].legend()
     save_aside(path, lambda path: figure.savefig(path, dpi=100))
-    plt.close(figure)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -1478,45 +1457,37 @@ def convert_to_kohya(layers: dict[str, torch.Tensor], alpha: float) -> dict[str,
 
 def save_weights(unet, args: argparse.Namespace, accelerator: Accelerator) -> None:
     """The LoRA, or the whole pipeline, in diffusers' format. Called by every process: a sharded model is gathered."""
-    from diffusers import StableDiffusionXLPipeline
-
-    state, output_dir = accelerator.get_state_dict(unet, unwrap=True), Path(args.output_dir)
-    state = {name.replace("_orig_mod.", ""): tensor for name, tensor in state.items()}
-    if not accelerator.is_main_process:
-        return
-    if not args.use_lora:
-        return save_pipeline(state, args)
+    from diffusers import StableDiffusionXLPipeline, UNet2DConditionModel
     from diffusers.training_utils import _collate_lora_metadata
     from peft import get_peft_model_state_dict
 
-    model = unwrap(unet, accelerator)
-    layers = get_peft_model_state_dict(model, state)
-    StableDiffusionXLPipeline.save_lora_weights(output_dir, layers, **_collate_lora_metadata({"unet": model}))
-    if args.output_kohya_format:
-        layers = {f"unet.{name}": layer for name, layer in layers.items()}
-        converted = convert_to_kohya(layers, args.lora_alpha or args.rank)
-        save_aside(output_dir / "pytorch_lora_weights_kohya.safetensors", lambda path: save_file(converted, path))
+    model, output_dir = unwrap(unet, accelerator), Path(args.output_dir)
+    state = accelerator.get_state_dict(unet, unwrap=True)
+    state = {name.replace("_orig_mod.", ""): tensor for name, tensor in state.items()}
+    if not accelerator.is_main_process:
+        return
+    if args.use_lora:
+        layers = get_peft_model_state_dict(model, state)
+        StableDiffusionXLPipeline.save_lora_weights(output_dir, layers, **_collate_lora_metadata({"unet": model}))
+        if args.output_kohya_format:
+            layers = {f"unet.{name}": layer for name, layer in layers.items()}
+            converted = convert_to_kohya(layers, args.lora_alpha or args.rank)
+            save_aside(output_dir / "pytorch_lora_weights_kohya.safetensors", lambda path: save_file(converted, path))
+        return
 
-
-def save_pipeline(state: dict[str, torch.Tensor], args: argparse.Namespace) -> None:
-    """The UNet as it was trained, in fp32 but for --optimizer adamw_bf16: at 1e-7 an update is lost in fewer bits."""
-    from diffusers import UNet2DConditionModel
-
-    config = UNet2DConditionModel.load_config(
-        args.pretrained_model_name_or_path, subfolder="unet", revision=args.revision, cache_dir=args.cache_dir
-    )
     with torch.device("meta"):  # its own weights would be random numbers
-        unet = UNet2DConditionModel.from_config(config)
-    unet.load_state_dict(state, assign=True)
+        whole = UNet2DConditionModel.from_config(model.config)
+    whole.load_state_dict(state, assign=True)
+    # By default as it was trained: at a learning rate of 1e-7 an update is lost in fewer bits than fp32's.
     dtype = {"fp32": torch.float32, **HALF_DTYPES}.get(args.save_dtype)
     pipeline = load_pipeline(args, dtype or torch.float32)
-    pipeline.register_modules(unet=unet)
+    pipeline.register_modules(unet=whole)
     if dtype is not None:
         pipeline.to(dtype=dtype)
-    aside = Path(args.output_dir) / "tmp-pipeline"
+    aside = output_dir / "tmp-pipeline"
     pipeline.save_pretrained(aside)
     for path in sorted(aside.iterdir()):
-        target = Path(args.output_dir) / path.name
+        target = output_dir / path.name
         if target.is_dir():
             shutil.rmtree(target)
         os.replace(path, target)
@@ -1662,7 +1633,7 @@ def prepare_sharding(args: argparse.Namespace, accelerator: Accelerator) -> None
         config["train_micro_batch_size_per_gpu"] = args.train_batch_size
         config["gradient_clipping"] = args.max_grad_norm
     elif accelerator.distributed_type == "FSDP":
-        if getattr(args, "use_ema", False):
+        if args.use_ema:
             fail("--use_ema: not with FSDP; see configs/zero2.yaml")
         if accelerator.mixed_precision != "no":
             from torch.distributed.fsdp import MixedPrecisionPolicy
@@ -1722,7 +1693,7 @@ def train(first_step, training, data, noise_scheduler, pipeline, run, before, lo
             fail(f"step {step} isn't finite, and DeepSpeed has made it; resume with a lower --learning_rate")
         lost = log.skipped_in_a_row >= patience
         if step % args.checkpointing_steps == 0 or stop or lost:
-            state = run | {"pairs": data.train.fingerprint(step * pairs_in_step)}
+            state = run | {"pairs": hash_of(data.train.pairs[: step * pairs_in_step])}
             saved = save_checkpoint(step, state, args, accelerator)
         if lost:
             fail(
@@ -1767,14 +1738,17 @@ def main(args: argparse.Namespace) -> None:
         name = args.hub_model_id or Path(args.output_dir).resolve().name
         with blame("push_to_hub", name):
             args.hub_model_id = create_repo(name, exist_ok=True, token=args.hub_token).repo_id
-    checkpoint, run = find_checkpoint(args), describe_run(args, accelerator)
+    checkpoint, pairs_in_step = find_checkpoint(args), pairs_per_step(args, accelerator)
+    kind, processes = accelerator.distributed_type, accelerator.num_processes
+    run = {f"--{name}": value for name, value in sorted(vars(args).items()) if name not in FREE_SETTINGS}
+    run |= {"pairs in a step": pairs_in_step}
+    run |= {"a run of": f"{kind.value} with {processes}" if kind in SHARDED else "replicas"}
     check_resumption(checkpoint, run)
 
     source = open_source(args, args.dataset_split_name, args.max_train_samples)
     held_out = None
     if args.validation_split_name and args.num_validation_pairs:
         held_out = open_source(args, args.validation_split_name)
-    pairs_in_step = pairs_per_step(args, accelerator)
     if args.max_train_steps is None:
         if source.length is None:
             fail("--num_train_epochs: a stream's length isn't known; name --max_train_steps")
@@ -1787,7 +1761,7 @@ def main(args: argparse.Namespace) -> None:
     unet, noise_scheduler = load_unet(args, accelerator)
     pipeline = load_pipeline(args, HALF_DTYPES.get(accelerator.mixed_precision, torch.float32))
     data = encode_data(source, held_out, pipeline, args, accelerator)
-    check_resumption(checkpoint, {"pairs": data.train.fingerprint(first_step * pairs_in_step)})
+    check_resumption(checkpoint, {"pairs": hash_of(data.train.pairs[: first_step * pairs_in_step])})
     training = prepare_training(unet.to(accelerator.device), checkpoint, args, accelerator)
     if args.report_to != "none":
         settings = {name: str(value) for name, value in vars(args).items() if name != "hub_token"}

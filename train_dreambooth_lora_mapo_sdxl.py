@@ -1047,15 +1047,13 @@ class MetricsLog:
 
 def plot_curves(history: list[dict], path: Path) -> None:
     """What the loss is made of, over the steps."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
+    from matplotlib.figure import Figure
     from matplotlib.ticker import MaxNLocator
 
     names = ("loss", "mse_w", "mse_l", "mse_ref", "mse_prior", "margin", "margin_weight", "accuracy", "grad_norm")
     names = [name for name in names if name in history[0]][:8]
-    figure, axes = plt.subplots(2, 4, figsize=(18, 6), layout="constrained")
+    figure = Figure(figsize=(18, 6), layout="constrained")
+    axes = figure.subplots(2, 4)
     for axis, name in zip(axes.flat, names):
         steps, values = np.array([(r["step"], r[name]) for r in history if r[name] is not None] or [(0, 0)]).T
         window = max(1, len(steps) // 20)
@@ -1069,7 +1067,6 @@ def plot_curves(history: list[dict], path: Path) -> None:
     for axis in axes.flat[len(names) :]:
         axis.set_axis_off()
     save_aside(path, lambda path: figure.savefig(path, dpi=100))
-    plt.close(figure)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
