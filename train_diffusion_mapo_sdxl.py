@@ -102,8 +102,8 @@ from mapo_loss import mapo_loss
 logger = get_logger(__name__)
 
 DEMO = Path(__file__).resolve().parent / "demo"
-PACKAGES = {"adamw_8bit": "bitsandbytes", "adamw_bf16": "optimi", "prodigy": "prodigyopt", "wandb": "wandb"}
-PACKAGES |= {"tensorboard": "tensorboard", "trackio": "trackio"}
+PACKAGES = {"adamw_8bit": "bitsandbytes", "adamw_bf16": "torch-optimi", "prodigy": "prodigyopt"}
+PACKAGES |= {tracker: tracker for tracker in ("tensorboard", "wandb", "trackio")}
 STATE_BYTES = {"adamw": 8, "adamw_8bit": 2, "adamw_bf16": 6, "adafactor": 0, "prodigy": 16}  # of a weight
 SCHEDULES = ("linear", "cosine", "cosine_with_restarts", "polynomial", "constant", "constant_with_warmup")
 # Flags that do nothing without another one.
@@ -113,7 +113,6 @@ NEEDS = {
     "compile": ("activation_memory_budget",),
     "push_to_hub": ("hub_model_id",),
     "label_0_column": ("label_1_column",),
-    "num_validation_pairs": ("validation_split_name",),
 }
 TOGETHER = (
     ("pretrained_model_name_or_path", "dataset_name"),
@@ -284,19 +283,18 @@ def check_args(parser: argparse.ArgumentParser, args: argparse.Namespace) -> Non
         if getattr(args, name) == "":
             parser.error(f"--{name}: is empty")
     for needed, names in NEEDS.items():
-        for name in sorted({*names} & {*args.changed}):
-            if not getattr(args, needed) and not (args.demo and name == "validation_split_name"):
+        for name in names:
+            if name in args.changed and not getattr(args, needed):
                 parser.error(f"--{name} needs --{needed} too")
     for together in TOGETHER:
-        missing = [name for name in together if getattr(args, name) is None]
-        if 0 < len(missing) < len(together):
-            given = next(name for name in together if name not in missing)
-            parser.error(f"--{given} needs --{missing[0]} too")
-    bf16 = args.optimizer == "adamw_bf16"
+        given = [name for name in together if getattr(args, name) is not None]
+        missing = [name for name in together if name not in given]
+        if given and missing:
+            parser.error(f"--{given[0]} needs --{missing[0]} too")
+    bf16, other = args.optimizer == "adamw_bf16", args.optimizer not in ("adamw", "adamw_8bit")
     for flags, both in {
         "--chosen_column and --image_0_column": args.chosen_column and args.image_0_column,
-        f"--use_8bit_adam and --optimizer {args.optimizer}": args.use_8bit_adam and "adamw" not in args.optimizer,
-        "--use_8bit_adam and --optimizer adamw_bf16": args.use_8bit_adam and bf16,
+        f"--use_8bit_adam and --optimizer {args.optimizer}": args.use_8bit_adam and other,
         "--use_lora and --optimizer adamw_bf16": args.use_lora and bf16,
         "--use_ema and --optimizer adamw_bf16": args.use_ema and bf16,
         "--optimizer adamw_bf16 and another --mixed_precision": bf16 and args.mixed_precision != "bf16",
@@ -308,9 +306,10 @@ def check_args(parser: argparse.ArgumentParser, args: argparse.Namespace) -> Non
             parser.error(f"{flags} exclude each other")
     for flag in ("optimizer", "report_to"):
         package = PACKAGES.get(getattr(args, flag))
-        if package is not None and importlib.util.find_spec(package) is None:
-            package = package.replace("optimi", "torch-optimi")
+        if package is not None and importlib.util.find_spec(package.removeprefix("torch-")) is None:
             parser.error(f"--{flag} {getattr(args, flag)} needs a package: pip install {package}")
+    if args.validation_split_name and not args.num_validation_pairs and not args.demo:
+        parser.error("--validation_split_name needs --num_validation_pairs too")
     if args.resolution % 8:
         parser.error(f"--resolution {args.resolution}: must be a multiple of 8; try {round(args.resolution / 8) * 8}")
     if args.lr_warmup_steps > (args.max_train_steps or math.inf) and not args.demo:
@@ -880,6 +879,8 @@ class Data(NamedTuple):
     held_out: EncodedPairs | None
     prompts: list[str]
     prompt_embeddings: dict[str, torch.Tensor]  # of the prompts, and behind them of the empty one
+    pipeline: object  # generates their images, without UNet and text encoders
+    images_before: list[Image.Image]  # those of the base model, once they are shown
 
 
 def encode_data(source: Source, held_out: Source | None, pipeline, args, accelerator: Accelerator) -> Data:
@@ -918,6 +919,8 @@ def encode_data(source: Source, held_out: Source | None, pipeline, args, acceler
         EncodedPairs(measured, images, captions, args.seed, 0, 0) if measured else None,
         prompts,
         embeddings,
+        pipeline,
+        images_before=[],
     )
 
 
@@ -1245,7 +1248,7 @@ class MetricsLog:
 
     def write(self, record: dict[str, float]) -> None:
         # JSON has no NaN and no infinity: null.
-        record = {k: v if v is None or math.isfinite(v) else None for k, v in record.items()}
+        record = {k: v if math.isfinite(v) else None for k, v in record.items()}
         self.history.append(record)
         if self.accelerator.is_main_process:
             with open(self.path, "a") as file:
@@ -1302,21 +1305,22 @@ def averaged(training: Training, accelerator: Accelerator):
 
 @torch.no_grad()
 @torch.compiler.set_stance("force_eager")  # not worth compiling for
-def measure_held_out(unet, dataset: EncodedPairs, noise_scheduler, args, accelerator: Accelerator) -> dict:
+def measure_held_out(training: Training, dataset, noise_scheduler, args, accelerator: Accelerator) -> dict:
     """Means over the held-out pairs, whose noise and timesteps are the same each time."""
     count, size = len(dataset.pairs), args.train_batch_size
     # As many calls in every process: a sharded model can be called by all of them together only.
     rows = -(-count // accelerator.num_processes)
     mine = (np.arange(rows) * accelerator.num_processes + accelerator.process_index) % count
-    model, found = unwrap(unet, accelerator).eval(), []
-    for chunk in np.split(mine, range(size, rows, size)):
-        batch = torch.utils.data.default_collate([dataset[int(i)] for i in chunk])
-        batch["position"] += 2**61  # a position of no training pair
-        _, metrics = training_step(model, batch, noise_scheduler, args, accelerator.device)
-        values = torch.stack([metrics[name] for name in ("mse_w", "mse_l", "margin", "accuracy")], dim=1)
-        found += zip(chunk.tolist(), values.tolist())
+    model, measured = unwrap(training.unet, accelerator).eval(), []
+    with averaged(training, accelerator):
+        for chunk in np.split(mine, range(size, rows, size)):
+            batch = torch.utils.data.default_collate([dataset[int(i)] for i in chunk])
+            batch["position"] += 2**61  # a position of no training pair
+            _, metrics = training_step(model, batch, noise_scheduler, args, accelerator.device)
+            values = torch.stack([metrics[name] for name in ("mse_w", "mse_l", "margin", "accuracy")], dim=1)
+            measured += zip(chunk.tolist(), values.tolist())
     model.train()
-    means = np.mean([values for _, values in sorted(dict(gather_object(found)).items())], axis=0)
+    means = np.mean([values for _, values in sorted(dict(gather_object(measured)).items())], axis=0)
     return dict(zip(("val_mse_w", "val_mse_l", "val_margin", "val_accuracy"), means.tolist()))
 
 
@@ -1408,25 +1412,25 @@ def make_grid(prompts: list[str], before: list[Image.Image], after: list[Image.I
     return grid
 
 
-def show_images(step: int, training, data: Data, pipeline, before: list, args, accelerator: Accelerator) -> None:
+def show_images(step: int, training: Training, data: Data, args, accelerator: Accelerator) -> None:
     """A grid of the prompts' images before training and now, in the output folder and the trackers.
 
-    Those before are generated when they are first shown, and kept in `before`, so that training needn't wait for them:
-    with the LoRA switched off, or by a UNet that is loaded anew. No gradients are held then: memory has no new peak.
+    Those before training are generated when they are first shown, so that training needn't wait for them: with the
+    LoRA switched off, or by a UNet that is loaded anew. No gradients are held then: memory has no new peak.
     """
-    model, sampling = unwrap(training.unet, accelerator), (pipeline, data.prompt_embeddings, args, accelerator)
+    model, sampling = unwrap(training.unet, accelerator), (data.pipeline, data.prompt_embeddings, args, accelerator)
     with averaged(training, accelerator):
         after = generate_images(model, *sampling)
-    if not before:
-        if args.use_lora:
-            model.disable_adapters()
-        base = model if args.use_lora else load_unet(args, accelerator)[0].to(accelerator.device)
-        before += generate_images(base, *sampling)
-        if args.use_lora:
-            model.enable_adapters()
+    if not data.images_before and args.use_lora:
+        model.disable_adapters()
+        data.images_before.extend(generate_images(model, *sampling))
+        model.enable_adapters()
+    elif not data.images_before:
+        base = load_unet(args, accelerator)[0].to(accelerator.device)
+        data.images_before.extend(generate_images(base, *sampling))
     if not accelerator.is_main_process:
         return
-    grid = make_grid(data.prompts, before, after)
+    grid = make_grid(data.prompts, data.images_before, after)
     path = Path(args.output_dir) / ("before_after.png" if step == args.max_train_steps else f"validation/{step}.png")
     path.parent.mkdir(exist_ok=True)
     save_aside(path, grid.save)
@@ -1657,10 +1661,10 @@ def watch_signals() -> list[str]:  # twin
     return came
 
 
-def train(first_step, training, data, noise_scheduler, pipeline, run, before, log, args, accelerator) -> bool:
+def train(first_step, training, data, noise_scheduler, run, log, args, accelerator) -> bool:
     """All steps from `first_step` on; False where a signal came before the last."""
     unet, optimizer, lr_scheduler, ema = training
-    measuring = (unet, data.held_out, noise_scheduler, args, accelerator)
+    measuring = (training, data.held_out, noise_scheduler, args, accelerator)
     signals, step, pairs_in_step = watch_signals(), first_step, pairs_per_step(args, accelerator)
     patience = args.max_nonfinite_steps + (20 if accelerator.scaler else 0)  # fp16 finds its scale by such steps
     if data.held_out and not log.history:
@@ -1686,8 +1690,7 @@ def train(first_step, training, data, noise_scheduler, pipeline, run, before, lo
         stop = log.end_step(step, grad_norm, lr_scheduler.get_last_lr()[0], bool(signals))
         validate = step % args.validation_steps == 0 or step == args.max_train_steps
         if data.held_out and validate:
-            with averaged(training, accelerator):
-                log.write({"step": step} | measure_held_out(*measuring))
+            log.write({"step": step} | measure_held_out(*measuring))
             warn_of_lost_likelihood(log.history, args)
         if skip and accelerator.distributed_type == "DEEPSPEED":  # it updates before its norm is known
             fail(f"step {step} isn't finite, and DeepSpeed has made it; resume with a lower --learning_rate")
@@ -1704,7 +1707,7 @@ def train(first_step, training, data, noise_scheduler, pipeline, run, before, lo
             logger.info(f"{' '.join(signals)}: {saved} is written; go on with --resume_from_checkpoint latest")
             return False
         if args.validation_prompts and validate and step < args.max_train_steps:
-            show_images(step, training, data, pipeline, before, args, accelerator)
+            show_images(step, training, data, args, accelerator)
     return True
 
 
@@ -1768,14 +1771,14 @@ def main(args: argparse.Namespace) -> None:
         accelerator.init_trackers("mapo", config=settings)
 
     logger.info(f"First step after {time.perf_counter() - started:.1f} s.")
-    log, before = MetricsLog(first_step, checkpoint, args, accelerator), []
+    log = MetricsLog(first_step, checkpoint, args, accelerator)
     with log.bar:
-        finished = train(first_step, training, data, noise_scheduler, pipeline, run, before, log, args, accelerator)
+        finished = train(first_step, training, data, noise_scheduler, run, log, args, accelerator)
     if finished:
         with averaged(training, accelerator):
             save_weights(training.unet, args, accelerator)
         if not args.skip_final_inference:
-            show_images(args.max_train_steps, training, data, pipeline, before, args, accelerator)
+            show_images(args.max_train_steps, training, data, args, accelerator)
         if accelerator.is_main_process:
             save_results(data.prompts, log.history, args)
             print(f"Done in {time.perf_counter() - started:.0f} s: {args.output_dir}")

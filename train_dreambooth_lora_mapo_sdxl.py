@@ -106,9 +106,8 @@ DEMO = Path(__file__).resolve().parent / "demo"
 OPTIMIZERS = ("adamw", "adamw_8bit", "adafactor", "prodigy")
 SCHEDULES = ("linear", "cosine", "cosine_with_restarts", "polynomial", "constant", "constant_with_warmup")
 # Packages that a choice needs.
-PACKAGES = {"adamw_8bit": "bitsandbytes", "prodigy": "prodigyopt"} | {
-    t: t for t in ("tensorboard", "wandb", "trackio")
-}
+PACKAGES = {"adamw_8bit": "bitsandbytes", "prodigy": "prodigyopt"}
+PACKAGES |= {tracker: tracker for tracker in ("tensorboard", "wandb", "trackio")}
 # UNet samples at 1024 px in one pass that a LoRA with --gradient_checkpointing trains on 16 GB.
 SAMPLES_PER_PASS = 8
 # What --mixed_precision computes in; without it, fp32.
@@ -272,10 +271,11 @@ def check_args(parser: argparse.ArgumentParser, args: argparse.Namespace) -> Non
         if getattr(args, name) in ("", [""]):
             parser.error(f"--{name}: is empty")
     together = (("pretrained_model_name_or_path", "instance_data_dir"), ("placeholder_token", "initializer_token"))
-    for first, second in together:
-        if (getattr(args, first) is None) != (getattr(args, second) is None):
-            given, missing = (second, first) if getattr(args, first) is None else (first, second)
-            parser.error(f"--{given} needs --{missing} too")
+    for names in together:
+        given = [name for name in names if getattr(args, name) is not None]
+        missing = [name for name in names if name not in given]
+        if given and missing:
+            parser.error(f"--{given[0]} needs --{missing[0]} too")
     for names, flag, given in (
         ("beta_mapo snr_value safeguard refresh_rejected_steps", "--loss_type mapo", args.loss_type == "mapo"),
         ("rejected_data_dir", "--loss_type mapo", args.uses_rejected),
