@@ -580,9 +580,9 @@ def list_folder(path: Path, args: argparse.Namespace) -> list[tuple]:
     elif (path / "metadata.jsonl").is_file():
         captions = {}
         for i, line in enumerate((path / "metadata.jsonl").read_text(encoding="utf-8-sig").splitlines(), 1):
-            with blame("instance_data_dir", f"{path}/metadata.jsonl, line {i}: needs file_name and text"):
-                row = json.loads(line) if line.strip() else None
-                if row is not None:
+            if line.strip():
+                with blame("instance_data_dir", f"{path}/metadata.jsonl, line {i}: needs file_name and text"):
+                    row = json.loads(line)
                     captions[path / row["file_name"]] = row["text"]
         files = list(captions)
     else:
@@ -682,18 +682,10 @@ def generate_rejected(step: int, photos: list[Photo], model, args, accelerator: 
     pipeline = accelerator.unwrap_model(model).pipeline
     if step == 0:
         captions = [photo.base_caption for photo in photos]
-        made_by = [
-            accelerator.unwrap_model(model).fingerprint,
-            dict(pipeline.scheduler.config),
-            accelerator.mixed_precision,
-        ]
-        made_by += [
-            args.pretrained_vae_model_name_or_path,
-            args.resolution,
-            args.guidance_scale,
-            args.num_inference_steps,
-        ]
-        name = hash_of(*made_by, args.seed, [photo.name for photo in photos], captions)
+        made_by = (accelerator.unwrap_model(model).fingerprint, dict(pipeline.scheduler.config))
+        made_by += (accelerator.mixed_precision, args.pretrained_vae_model_name_or_path, args.resolution)
+        made_by += (args.guidance_scale, args.num_inference_steps, args.seed)
+        name = hash_of(*made_by, [photo.name for photo in photos], captions)
         folder = cached_assets_path("mapo", f"rejected-{name}", assets_dir=args.cache_dir)
         pipeline.disable_lora()
     else:
@@ -1201,13 +1193,10 @@ def save_weights(model, args: argparse.Namespace) -> None:
         layers[part] = {f"{prefix}{name}": layer for name, layer in get_peft_model_state_dict(module).items()}
     # PEFT's names: diffusers' older ones do not exist for all layers, and its loader drops one kind of a mixed file.
     StableDiffusionXLPipeline.save_lora_weights(
-        output_dir / "tmp-lora",
+        output_dir,
         **{f"{part}_lora_layers": named for part, named in layers.items()},
         **_collate_lora_metadata(model.adapted),
     )
-    name = "pytorch_lora_weights.safetensors"
-    os.replace(output_dir / "tmp-lora" / name, output_dir / name)
-    (output_dir / "tmp-lora").rmdir()
     if args.output_kohya_format:
         named = {f"{part}.{name}": layer for part, found in layers.items() for name, layer in found.items()}
         named = convert_to_kohya(named, args.lora_alpha or args.rank)
