@@ -164,17 +164,17 @@ def parse_args(input_args: list[str] | None = None) -> argparse.Namespace:
     add("--dataset_split_name", default="train", help="Split of the data set, or several: a+b.")
     add("--streaming", action="store_true", help="Read the data set once, as far as needed, and don't store it.")
     add("--image_root", help="Folder that image paths in the data set start from, and may not leave.")
-    add("--caption_column", help="Column of captions; like the next ones for data sets with other columns.")
+    add("--caption_column", help="Column of captions, where the data set has columns of its own.")
     add("--chosen_column", help="Column of chosen images.")
     add("--rejected_column", help="Column of rejected images.")
-    add("--image_0_column", help="Column of first images; then labels decide which is chosen.")
+    add("--image_0_column", help="Column of first images, where labels decide which is chosen.")
     add("--image_1_column", help="Column of second images.")
-    add("--label_0_column", help="Votes or score of the first image; alone, its preference from 0 to 1.")
-    add("--label_1_column", help="Votes or score of the second image.")
-    add("--tie_policy", choices=["drop", "random"], default="drop", help="What becomes of ties; random: either wins.")
+    add("--label_0_column", help="Column of votes or scores of image 0; alone, of preferences, 0 to 1.")
+    add("--label_1_column", help="Column of votes or scores of image 1.")
+    add("--tie_policy", choices=["drop", "random"], default="drop", help="Drop ties, or let either image win.")
     add("--skip_unreadable", action="store_true", help="Leave out pairs with an image that can't be read.")
-    add("--label_noise_prob", type=fraction, default=0.0, help="Fraction of pairs to swap, the same ones by seed.")
-    add("--max_train_samples", type=count, help="Use only the first pairs, this many.")
+    add("--label_noise_prob", type=fraction, default=0.0, help="Fraction of pairs to swap; the seed says which.")
+    add("--max_train_samples", type=count, help="Use only the first N pairs.")
     add("--resolution", type=number(int, "[8, inf)"), default=1024, help="Side of the training images, in pixels.")
     add("--random_crop", action="store_true", help="Crop each image at one random place, not in the centre.")
     add("--random_flip", action="store_true", help="Mirror half of the pairs, both images or none.")
@@ -193,7 +193,7 @@ def parse_args(input_args: list[str] | None = None) -> argparse.Namespace:
     add("--rank", type=count, default=32, help="Rank of the LoRA.")
     add("--lora_alpha", type=positive, help="The LoRA's scale is alpha / rank. Default: the rank.")
     add("--lora_dropout", type=below_one, default=0.0, help="With it, the result depends on the number of processes.")
-    add("--lora_layers", default="to_k,to_q,to_v,to_out.0", help="sd-scripts reads no conv_in, conv_out, embeddings.")
+    add("--lora_layers", default="to_k,to_q,to_v,to_out.0", help="Layers that get a LoRA, by their names' ends.")
     add("--use_dora", action="store_true", help="Weight-decomposed LoRA.")
     add("--output_kohya_format", action="store_true", help="Write the LoRA a second time, for ComfyUI and A1111.")
 
@@ -211,11 +211,11 @@ def parse_args(input_args: list[str] | None = None) -> argparse.Namespace:
     add("--optimizer", choices=list(STATE_BYTES), default="adamw", help="adamw_bf16: weights and states in bf16.")
     add("--use_8bit_adam", action="store_true", help="The same as --optimizer adamw_8bit.")
     add("--adam_beta1", type=below_one, default=0.9, help="Decay of the mean of gradients.")
-    add("--adam_beta2", type=below_one, default=0.999, help="Decay of the mean of their squares.")
+    add("--adam_beta2", type=below_one, default=0.999, help="Decay of the mean of squared gradients.")
     add("--adam_weight_decay", type=not_negative, default=1e-2, help="Decoupled weight decay.")
     add("--adam_epsilon", type=positive, default=1e-8, help="Added to Adam's denominator.")
-    add("--max_grad_norm", type=positive, default=1.0, help="Longer gradients are clipped to this norm.")
-    add("--max_nonfinite_steps", type=count, default=10, help="Stop after as many steps in a row that aren't finite.")
+    add("--max_grad_norm", type=positive, default=1.0, help="Norm to which longer gradients are clipped.")
+    add("--max_nonfinite_steps", type=count, default=10, help="Stop after N steps in a row that aren't finite.")
     add("--use_ema", action="store_true", help="Keep, sample with and save a running mean of the weights.")
     add("--ema_decay", type=fraction, default=0.9999, help="Decay of the running mean at its end.")
     add("--offload_ema", action="store_true", help="Keep the running mean in the CPU's memory between updates.")
@@ -227,26 +227,24 @@ def parse_args(input_args: list[str] | None = None) -> argparse.Namespace:
     add("--compile", action="store_true", help="Compile the blocks of the UNet.")
     add("--activation_memory_budget", type=fraction, help="Fraction of the activations to keep with --compile.")
     add("--allow_tf32", action="store_true", help="TF32 matrix products on Ampere and later.")
-    add("--enable_xformers_memory_efficient_attention", action="store_true", help="Instead of torch's attention.")
+    add("--enable_xformers_memory_efficient_attention", action="store_true", help="xformers' attention, not torch's.")
 
     # Checkpoints and validation
     add("--output_dir", default="diffusion-mapo-sdxl", help="Folder of results and checkpoints.")
     add("--checkpointing_steps", type=count, default=500, help="Updates between checkpoints.")
-    add("--checkpoints_total_limit", type=count, default=2, help="Keep only the newest checkpoints, this many.")
+    add("--checkpoints_total_limit", type=count, default=2, help="Keep only the newest N checkpoints.")
     add("--resume_from_checkpoint", help="Folder of a checkpoint, or `latest`.")
     add("--validation_steps", type=count, default=500, help="Updates between validations.")
-    add("--num_validation_pairs", type=whole, default=0, help="Pairs to measure, not to train on.")
-    add("--validation_split_name", help="Split that these come from. Default: the training pairs.")
-    add(
-        "--validation_prompts", nargs="+", help="Or a .txt file, one a line. Default: 8 captions, after training only."
-    )
+    add("--num_validation_pairs", type=whole, default=0, help="Pairs to hold out from training and measure.")
+    add("--validation_split_name", help="Split of the held-out pairs. Default: that of training.")
+    add("--validation_prompts", nargs="+", help="Or a .txt file of them. Default: 8 captions, after training only.")
     add("--num_validation_images", type=count, default=1, help="Images per prompt.")
-    add("--validation_guidance_scale", type=not_negative, default=5.0, help="Their guidance scale.")
-    add("--validation_num_inference_steps", type=count, default=25, help="Their denoising steps.")
+    add("--validation_guidance_scale", type=not_negative, default=5.0, help="Guidance scale of these images.")
+    add("--validation_num_inference_steps", type=count, default=25, help="Denoising steps of these images.")
     add("--skip_final_inference", action="store_true", help="Generate no images after training.")
 
     # Output
-    add("--save_dtype", choices=["fp32", "fp16", "bf16"], help="Of the saved pipeline. Default: as it was trained.")
+    add("--save_dtype", choices=["fp32", "fp16", "bf16"], help="Precision of the saved pipeline. Default: as trained.")
     add("--logging_dir", default="logs", help="Folder of the tracker's files, in --output_dir.")
     add("--report_to", choices=["none", "tensorboard", "wandb", "trackio"], default="none", help="Tracker.")
     add("--push_to_hub", action="store_true", help="Upload the results at the end.")
@@ -487,8 +485,14 @@ def find_columns(args: argparse.Namespace, names: list[str]) -> tuple:
 class PreferencePairs:
     """The rows of a table whose label decides.
 
-    `dataset` has the rows, images not decoded; `chunk` is the number of this part of a stream. Of each pair there are
-    its `captions`, its `rows` in the data set, `chosen_first` (image 0 is the chosen one), Shape: (N,).
+    Args:
+        dataset: a `datasets.Dataset` whose images are not decoded.
+        chunk: the number of this part of a stream.
+
+    Attributes:
+        rows, captions: of the N pairs that can be used, their rows in the data set and their captions.
+        chosen_first: whether image 0 is the chosen one. Shape: (N,)
+        counts: rows, and those left out, by reason.
     """
 
     def __init__(self, dataset, args: argparse.Namespace, chunk: int | None = None) -> None:
@@ -885,38 +889,41 @@ class Data(NamedTuple):
 
 def encode_data(source: Source, held_out: Source | None, pipeline, args, accelerator: Accelerator) -> Data:
     """Encodes what the run will take. VAE and text encoders aren't on the device together, nor while training."""
-    vae, extra = pipeline.vae.to(accelerator.device), args.num_validation_pairs
-    scale = (vae.config.scaling_factor, vae.config.shift_factor)
-    crop = args.seed if args.random_crop else "centre"
-    name = f"images-{hash_of(vae, scale, args.resolution, crop, args.random_flip)}"
-    images = cached_assets_path("mapo", name, assets_dir=args.cache_dir)
-    measured = encode_pairs(held_out, extra, vae, images, args, accelerator) if held_out else []
-    count = args.max_train_steps * pairs_per_step(args, accelerator) + (0 if held_out else extra)
+    vae = pipeline.vae.to(accelerator.device)
+    settings = (vae.config.scaling_factor, vae.config.shift_factor), args.resolution
+    settings += (args.seed if args.random_crop else "centre", args.random_flip)
+    images = cached_assets_path("mapo", f"images-{hash_of(vae, *settings)}", assets_dir=args.cache_dir)
+    held_out_pairs, count = [], args.max_train_steps * pairs_per_step(args, accelerator)
+    if held_out is not None:
+        held_out_pairs = encode_pairs(held_out, args.num_validation_pairs, vae, images, args, accelerator)
+    else:
+        count += args.num_validation_pairs
     side = args.resolution // 2 ** (len(vae.config.block_out_channels) - 1)
-    size = 4 * vae.config.latent_channels * side**2 * (1 + args.random_flip)
+    size = 4 * vae.config.latent_channels * side**2 * (1 + args.random_flip)  # of two images in fp16
     warn_of_room(images, size * min(count, source.length or count), "Latents")
     pairs = encode_pairs(source, count, vae, images, args, accelerator)
-    if not held_out:
-        measured, pairs = pairs[:extra], pairs[extra:]
+    if held_out is None:
+        held_out_pairs, pairs = pairs[: args.num_validation_pairs], pairs[args.num_validation_pairs :]
     if not pairs:
-        fail(f"--num_validation_pairs {extra}: leaves no pair to train on")
+        fail(f"--num_validation_pairs {args.num_validation_pairs}: leaves no pair to train on")
     vae.to("cpu")
 
     prompts = args.validation_prompts
     if prompts is None:
-        captions = sorted({pair.caption for pair in measured or pairs} - {""}) or [""]
+        captions = sorted({pair.caption for pair in held_out_pairs or pairs} - {""}) or [""]
         prompts = np.random.default_rng(args.seed).permutation(captions)[:8].tolist()
     prompts = [prompt for prompt in prompts for _ in range(args.num_validation_images)]
     for encoder in (pipeline.text_encoder, pipeline.text_encoder_2):
         encoder.to(accelerator.device)
-    captions = encode_captions({*prompts, "", *(p.caption for p in [*measured, *pairs])}, pipeline, args, accelerator)
+    captions = {*prompts, "", *(pair.caption for pair in [*held_out_pairs, *pairs])}
+    captions = encode_captions(captions, pipeline, args, accelerator)
     pipeline.text_encoder = pipeline.text_encoder_2 = None
     rows = [load_file(entry_path(captions, hash_of(prompt))) for prompt in [*prompts, ""]]
     embeddings = {name: torch.stack([row[name].float() for row in rows]) for name in rows[0]}
     fractions = (0.5 * args.random_flip, args.proportion_empty_prompts)
     return Data(
         EncodedPairs(pairs, images, captions, args.seed, *fractions),
-        EncodedPairs(measured, images, captions, args.seed, 0, 0) if measured else None,
+        EncodedPairs(held_out_pairs, images, captions, args.seed, 0, 0) if held_out_pairs else None,
         prompts,
         embeddings,
         pipeline,
@@ -1129,9 +1136,11 @@ FREE_SETTINGS = frozenset(
 
 def check_resumption(checkpoint: Path | None, now: dict) -> None:  # twin
     """Ends the run with one line where it can't go on as the checkpoint's run would have."""
-    then = {} if checkpoint is None else json.loads((checkpoint / "state.json").read_text())["run"]
+    if checkpoint is None:
+        return
+    then = json.loads((checkpoint / "state.json").read_text())["run"]
     for name, value in now.items():
-        if then and then.get(name) != value:
+        if then.get(name) != value:
             fail(
                 f"{name} {value}: {checkpoint.name} was trained with {then.get(name)}; go on as before, or start anew "
                 "in another --output_dir"

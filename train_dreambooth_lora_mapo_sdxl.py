@@ -187,7 +187,7 @@ def parse_args(input_args: list[str] | None = None) -> argparse.Namespace:
     add("--rank", type=count, default=32, help="Rank of the LoRA.")
     add("--lora_alpha", type=positive, help="The LoRA's scale is alpha / rank. Default: the rank.")
     add("--lora_dropout", type=below_one, default=0.0, help="With it, the result depends on the number of processes.")
-    add("--lora_layers", default="to_k,to_q,to_v,to_out.0", help="sd-scripts reads no conv_in, conv_out, embeddings.")
+    add("--lora_layers", default="to_k,to_q,to_v,to_out.0", help="Layers that get a LoRA, by their names' ends.")
     add("--train_text_encoder", action="store_true", help="Train a LoRA of both text encoders too.")
     add("--use_dora", action="store_true", help="Weight-decomposed LoRA.")
     add("--output_kohya_format", action="store_true", help="Write the LoRA a second time, for ComfyUI and A1111.")
@@ -198,8 +198,8 @@ def parse_args(input_args: list[str] | None = None) -> argparse.Namespace:
     add("--gradient_accumulation_steps", type=count, default=1, help="Forward passes before each update.")
     add("--num_train_epochs", type=count, help="Passes over the photos, instead of --max_train_steps.")
     add("--max_train_steps", type=count, help="Updates. Default: 2000, or as many as --num_train_epochs takes.")
-    add("--learning_rate", type=positive, help="Of the UNet's LoRA. Default: 5e-5; 1 for prodigy.")
-    add("--text_encoder_lr", type=positive, help="Of tokens and text encoders' LoRA. Default: 5e-6; 1 for prodigy.")
+    add("--learning_rate", type=positive, help="Rate of the UNet's LoRA. Default: 5e-5; 1 for prodigy.")
+    add("--text_encoder_lr", type=positive, help="Rate of tokens and text encoders. Default: 5e-6; 1 for prodigy.")
     add("--scale_lr", action="store_true", help="Multiply both rates by the photos in an update.")
     add("--lr_scheduler", default="constant", choices=SCHEDULES, help="How the rates change.")
     add("--lr_warmup_steps", type=number(int, "[0, inf)"), default=0, help="Updates in which the rates rise from 0.")
@@ -208,11 +208,11 @@ def parse_args(input_args: list[str] | None = None) -> argparse.Namespace:
     add("--optimizer", choices=OPTIMIZERS, default="adamw", help="Optimizer.")
     add("--use_8bit_adam", action="store_true", help="The same as --optimizer adamw_8bit.")
     add("--adam_beta1", type=below_one, default=0.9, help="Decay of the mean of gradients.")
-    add("--adam_beta2", type=below_one, default=0.999, help="Decay of the mean of their squares.")
+    add("--adam_beta2", type=below_one, default=0.999, help="Decay of the mean of squared gradients.")
     add("--adam_weight_decay", type=not_negative, default=1e-4, help="Decoupled weight decay.")
     add("--adam_epsilon", type=positive, default=1e-8, help="Added to Adam's denominator.")
-    add("--max_grad_norm", type=positive, default=1.0, help="Longer gradients are clipped to this norm.")
-    add("--max_nonfinite_steps", type=count, default=10, help="Stop after as many steps in a row that aren't finite.")
+    add("--max_grad_norm", type=positive, default=1.0, help="Norm to which longer gradients are clipped.")
+    add("--max_nonfinite_steps", type=count, default=10, help="Stop after N steps in a row that aren't finite.")
     add("--seed", type=number(int, "[0, 4294967295]"), default=0, help="Seed of everything random.")
 
     # Speed and memory
@@ -220,17 +220,17 @@ def parse_args(input_args: list[str] | None = None) -> argparse.Namespace:
     add("--gradient_checkpointing", action="store_true", help="Less memory for a third more compute.")
     add("--compile", action="store_true", help="Compile the blocks of the UNet.")
     add("--allow_tf32", action="store_true", help="TF32 matrix products on Ampere and later.")
-    add("--enable_xformers_memory_efficient_attention", action="store_true", help="Instead of torch's attention.")
+    add("--enable_xformers_memory_efficient_attention", action="store_true", help="xformers' attention, not torch's.")
 
     # Checkpoints and validation
     add("--output_dir", default="dreambooth-lora-mapo-sdxl", help="Folder of results and checkpoints.")
     add("--checkpointing_steps", type=count, default=500, help="Updates between checkpoints.")
-    add("--checkpoints_total_limit", type=count, default=2, help="Keep only the newest checkpoints, this many.")
+    add("--checkpoints_total_limit", type=count, default=2, help="Keep only the newest N checkpoints.")
     add("--resume_from_checkpoint", help="Folder of a checkpoint, or `latest`.")
     add("--validation_steps", type=count, help="Generate images every N updates too, not only after training.")
     add("--validation_prompts", nargs="+", help="New contexts for the subject, or a .txt file, one a line.")
-    add("--guidance_scale", type=not_negative, default=5.0, help="Of validation and of rejected images.")
-    add("--num_inference_steps", type=count, default=25, help="Of validation and of rejected images.")
+    add("--guidance_scale", type=not_negative, default=5.0, help="Guidance scale of generated images.")
+    add("--num_inference_steps", type=count, default=25, help="Denoising steps of generated images.")
     add("--sample_batch_size", type=count, default=4, help="Images to generate at once.")
     add("--skip_final_inference", action="store_true", help="Generate no images after training.")
 
@@ -926,9 +926,11 @@ def find_checkpoint(args: argparse.Namespace) -> Path | None:  # twin
 
 def check_resumption(checkpoint: Path | None, now: dict) -> None:  # twin
     """Ends the run with one line where it can't go on as the checkpoint's run would have."""
-    then = {} if checkpoint is None else json.loads((checkpoint / "state.json").read_text())["run"]
+    if checkpoint is None:
+        return
+    then = json.loads((checkpoint / "state.json").read_text())["run"]
     for name, value in now.items():
-        if then and then.get(name) != value:
+        if then.get(name) != value:
             fail(
                 f"{name} {value}: {checkpoint.name} was trained with {then.get(name)}; go on as before, or start anew "
                 "in another --output_dir"

@@ -1321,4 +1321,4 @@ def test_help_says_what_each_flag_does(capsys):
         script.parse_args(["--help"])
     said = " ".join(capsys.readouterr().out.split())
     assert "--lora_dropout" in said and "With it, the result depends on the number of processes. Default: 0.0." in said
-    assert "Keep only the newest checkpoints, this many. Default: 2." in said
+    assert "Keep only the newest N checkpoints. Default: 2." in said
