@@ -68,6 +68,7 @@ import shutil
 import signal
 import sys
 import tempfile
+import textwrap
 import time
 import uuid
 from collections import Counter, deque
@@ -90,7 +91,7 @@ from accelerate.utils import (
     gather_object,
     set_seed,
 )
-from huggingface_hub import cached_assets_path
+from huggingface_hub import ModelCard, ModelCardData, cached_assets_path, create_repo, upload_folder
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
@@ -104,7 +105,7 @@ logger = get_logger(__name__)
 DEMO = Path(__file__).resolve().parent / "demo"
 PACKAGES = {"adamw_8bit": "bitsandbytes", "adamw_bf16": "torch-optimi", "prodigy": "prodigyopt"}
 PACKAGES |= {tracker: tracker for tracker in ("tensorboard", "wandb", "trackio")}
-STATE_BYTES = {"adamw": 8, "adamw_8bit": 2, "adamw_bf16": 6, "adafactor": 0, "prodigy": 16}  # of a weight
+STATE_BYTES = {"adamw": 8, "adamw_8bit": 2, "adamw_bf16": 6, "adafactor": 0, "prodigy": 16}  # of state per weight
 SCHEDULES = ("linear", "cosine", "cosine_with_restarts", "polynomial", "constant", "constant_with_warmup")
 # Flags that do nothing without another one.
 NEEDS = {
@@ -193,7 +194,7 @@ def parse_args(input_args: list[str] | None = None) -> argparse.Namespace:
     add("--rank", type=count, default=32, help="Rank of the LoRA.")
     add("--lora_alpha", type=positive, help="The LoRA's scale is alpha / rank. Default: the rank.")
     add("--lora_dropout", type=below_one, default=0.0, help="With it, the result depends on the number of processes.")
-    add("--lora_layers", default="to_k,to_q,to_v,to_out.0", help="Layers that get a LoRA, by their names' ends.")
+    add("--lora_layers", default="to_k,to_q,to_v,to_out.0", help="Its layers; kohya's file has no conv_in, conv_out.")
     add("--use_dora", action="store_true", help="Weight-decomposed LoRA.")
     add("--output_kohya_format", action="store_true", help="Write the LoRA a second time, for ComfyUI and A1111.")
 
@@ -1400,8 +1401,6 @@ def find_font(text: str) -> str:  # twin
 
 def make_grid(prompts: list[str], before: list[Image.Image], after: list[Image.Image]) -> Image.Image:
     """Each prompt with its two images under it, base on the left, tuned on the right; at most 12 prompts."""
-    import textwrap
-
     side = max(128, min(384, before[0].width))
     count, head = min(12, len(prompts)), 42
     columns = min(4, count)
@@ -1518,8 +1517,6 @@ def save_results(prompts: list[str], history: list[dict], args: argparse.Namespa
         print(report)
     save_model_card(prompts, report, args)
     if args.push_to_hub:
-        from huggingface_hub import upload_folder
-
         upload_folder(
             repo_id=args.hub_model_id,
             folder_path=args.output_dir,
@@ -1530,7 +1527,6 @@ def save_results(prompts: list[str], history: list[dict], args: argparse.Namespa
 
 def save_model_card(prompts: list[str], report: str, args: argparse.Namespace) -> None:
     from diffusers.utils.hub_utils import populate_model_card
-    from huggingface_hub import ModelCard, ModelCardData
 
     base, output_dir, where = args.pretrained_model_name_or_path, Path(args.output_dir), args.hub_model_id
     hidden = ("hub_token", "cache_dir", "output_dir", "resume_from_checkpoint")
@@ -1745,8 +1741,6 @@ def main(args: argparse.Namespace) -> None:
     accelerator = prepare_run(args)
     prepare_sharding(args, accelerator)
     if args.push_to_hub and accelerator.is_main_process:  # so that a wrong name or token shows now
-        from huggingface_hub import create_repo
-
         name = args.hub_model_id or Path(args.output_dir).resolve().name
         with blame("push_to_hub", name):
             args.hub_model_id = create_repo(name, exist_ok=True, token=args.hub_token).repo_id

@@ -73,6 +73,7 @@ import shutil
 import signal
 import sys
 import tempfile
+import textwrap
 import time
 from datetime import timedelta
 from pathlib import Path
@@ -91,7 +92,7 @@ from accelerate.utils import (
     gather_object,
     set_seed,
 )
-from huggingface_hub import cached_assets_path, create_repo, upload_folder
+from huggingface_hub import ModelCard, ModelCardData, cached_assets_path, create_repo, upload_folder
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
@@ -108,19 +109,6 @@ SCHEDULES = ("linear", "cosine", "cosine_with_restarts", "polynomial", "constant
 # Packages that a choice needs.
 PACKAGES = {"adamw_8bit": "bitsandbytes", "prodigy": "prodigyopt"}
 PACKAGES |= {tracker: tracker for tracker in ("tensorboard", "wandb", "trackio")}
-# UNet samples at 1024 px in one pass that a LoRA with --gradient_checkpointing trains on 16 GB.
-SAMPLES_PER_PASS = 8
-# What --mixed_precision computes in; without it, fp32.
-HALF_DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16}
-IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff"}
-# What may change when a run is resumed. The photos may move, but must be the same.
-FREE_SETTINGS = frozenset(
-    "output_dir cache_dir logging_dir instance_data_dir config_name rejected_data_dir demo changed max_train_steps "
-    "num_train_epochs max_nonfinite_steps train_batch_size gradient_accumulation_steps gradient_checkpointing compile "
-    "allow_tf32 enable_xformers_memory_efficient_attention output_kohya_format checkpointing_steps "
-    "checkpoints_total_limit resume_from_checkpoint validation_prompts validation_steps skip_final_inference "
-    "sample_batch_size report_to push_to_hub hub_model_id hub_token use_8bit_adam".split()
-)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -187,7 +175,7 @@ def parse_args(input_args: list[str] | None = None) -> argparse.Namespace:
     add("--rank", type=count, default=32, help="Rank of the LoRA.")
     add("--lora_alpha", type=positive, help="The LoRA's scale is alpha / rank. Default: the rank.")
     add("--lora_dropout", type=below_one, default=0.0, help="With it, the result depends on the number of processes.")
-    add("--lora_layers", default="to_k,to_q,to_v,to_out.0", help="Layers that get a LoRA, by their names' ends.")
+    add("--lora_layers", default="to_k,to_q,to_v,to_out.0", help="Its layers; kohya's file has no conv_in, conv_out.")
     add("--train_text_encoder", action="store_true", help="Train a LoRA of both text encoders too.")
     add("--use_dora", action="store_true", help="Weight-decomposed LoRA.")
     add("--output_kohya_format", action="store_true", help="Write the LoRA a second time, for ComfyUI and A1111.")
@@ -354,24 +342,13 @@ def blame(flag: str, value: str):  # twin
         fail(f"--{flag} {value}: {cause}")
 
 
-@contextlib.contextmanager
-def known_errors_end_in_one_line():  # twin
-    try:
-        yield
-    except KeyboardInterrupt:
-        fail(
-            "interrupted; the same command goes on with what is encoded, --resume_from_checkpoint latest with the rest"
-        )
-    except (OSError, SafetensorError) as error:
-        fail(
-            f"{str(error).strip().splitlines()[0]}; where the disk of --output_dir or --cache_dir is full, make room, "
-            "then go on with --resume_from_checkpoint latest"
-        )
-
-
 # ---------------------------------------------------------------------------------------------------------------------
 # Models
 # ---------------------------------------------------------------------------------------------------------------------
+
+
+# What --mixed_precision computes in; without it, fp32.
+HALF_DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16}
 
 
 def check_tokens(photos: list, args: argparse.Namespace) -> None:
@@ -530,6 +507,9 @@ class TokenEmbedding(torch.nn.Module):
 # ---------------------------------------------------------------------------------------------------------------------
 # Data
 # ---------------------------------------------------------------------------------------------------------------------
+
+
+IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff"}
 
 
 class Photo(NamedTuple):
@@ -924,6 +904,16 @@ def find_checkpoint(args: argparse.Namespace) -> Path | None:  # twin
     return checkpoints[-1] if checkpoints else None
 
 
+# What may change when a run is resumed. The photos may move, but must be the same.
+FREE_SETTINGS = frozenset(
+    "output_dir cache_dir logging_dir instance_data_dir config_name rejected_data_dir demo changed max_train_steps "
+    "num_train_epochs max_nonfinite_steps train_batch_size gradient_accumulation_steps gradient_checkpointing compile "
+    "allow_tf32 enable_xformers_memory_efficient_attention output_kohya_format checkpointing_steps "
+    "checkpoints_total_limit resume_from_checkpoint validation_prompts validation_steps skip_final_inference "
+    "sample_batch_size report_to push_to_hub hub_model_id hub_token use_8bit_adam".split()
+)
+
+
 def check_resumption(checkpoint: Path | None, now: dict) -> None:  # twin
     """Ends the run with one line where it can't go on as the checkpoint's run would have."""
     if checkpoint is None:
@@ -1113,8 +1103,6 @@ def find_font(text: str) -> str:  # twin
 
 def make_grid(rows: list[tuple[str, list[str], list[Image.Image]]]) -> Image.Image:
     """Rows of images, each with a title on the left and its captions above the images; at most 6 in a row."""
-    import textwrap
-
     file = find_font("".join(caption for _, captions, _ in rows for caption in captions))
     small, large = ImageFont.truetype(file, 11), ImageFont.truetype(file, 13)
     side = max(128, min(384, max(image.width for _, _, images in rows for image in images)))
@@ -1225,7 +1213,6 @@ def save_model_card(prompt: str, images: list[Image.Image], report: str, args: a
     """README.md, with the images of the new contexts for the hub's gallery; returns its code, which loads the results
     and generates an image of the prompt."""
     from diffusers.utils.hub_utils import populate_model_card
-    from huggingface_hub import ModelCard, ModelCardData
 
     base, output_dir, tokens = args.pretrained_model_name_or_path, Path(args.output_dir), args.placeholder_token
     where = args.hub_model_id or args.output_dir
@@ -1369,6 +1356,10 @@ def prepare_run(args: argparse.Namespace) -> Accelerator:
     return accelerator
 
 
+# UNet samples at 1024 px in one pass that a LoRA with --gradient_checkpointing trains on 16 GB.
+SAMPLES_PER_PASS = 8
+
+
 def split_photos(count: int, args: argparse.Namespace, accelerator: Accelerator) -> int:
     """Photos per step in this process. Fills in --train_batch_size, photos per pass: by default the whole set is one
     step, in passes that a GPU of 16 GB has room for."""
@@ -1392,6 +1383,21 @@ def watch_signals() -> list[str]:  # twin
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, note)
     return came
+
+
+@contextlib.contextmanager
+def known_errors_end_in_one_line():  # twin
+    try:
+        yield
+    except KeyboardInterrupt:
+        fail(
+            "interrupted; the same command goes on with what is encoded, --resume_from_checkpoint latest with the rest"
+        )
+    except (OSError, SafetensorError) as error:
+        fail(
+            f"{str(error).strip().splitlines()[0]}; where the disk of --output_dir or --cache_dir is full, make room, "
+            "then go on with --resume_from_checkpoint latest"
+        )
 
 
 @known_errors_end_in_one_line()
