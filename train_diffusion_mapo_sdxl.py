@@ -78,8 +78,12 @@ from datetime import timedelta
 from pathlib import Path
 from typing import NamedTuple
 
+import datasets
+import diffusers
+import huggingface_hub
 import numpy as np
 import torch
+import transformers
 from accelerate import Accelerator
 from accelerate.logging import get_logger
 from accelerate.utils import (
@@ -107,8 +111,7 @@ PACKAGES = {"adamw_8bit": "bitsandbytes", "adamw_bf16": "torch-optimi", "prodigy
 PACKAGES |= {tracker: tracker for tracker in ("tensorboard", "wandb", "trackio")}
 STATE_BYTES = {"adamw": 8, "adamw_8bit": 2, "adamw_bf16": 6, "adafactor": 0, "prodigy": 16}  # of state per weight
 SCHEDULES = ("linear", "cosine", "cosine_with_restarts", "polynomial", "constant", "constant_with_warmup")
-# Flags that do nothing without another one.
-NEEDS = {
+NEEDS = {  # the latter do nothing without the former
     "use_lora": ("rank", "lora_alpha", "lora_dropout", "lora_layers", "use_dora", "output_kohya_format"),
     "use_ema": ("ema_decay", "offload_ema"),
     "compile": ("activation_memory_budget",),
@@ -371,7 +374,6 @@ def blame(flag: str, value: str):  # twin
 
 def load_unet(args: argparse.Namespace, accelerator: Accelerator) -> tuple:
     """The UNet, on the CPU, and the noise scheduler, whose prediction type decides what the UNet learns to predict."""
-    from diffusers import DDPMScheduler, DiffusionPipeline, UNet2DConditionModel
     from diffusers.training_utils import cast_training_params
     from peft import LoraConfig
 
@@ -380,16 +382,17 @@ def load_unet(args: argparse.Namespace, accelerator: Accelerator) -> tuple:
     if args.use_lora:  # the frozen weights may be as short as the computation
         dtype = HALF_DTYPES.get(accelerator.mixed_precision, torch.float32)
     with blame("pretrained_model_name_or_path", name):
-        index = DiffusionPipeline.load_config(name, **hub)
+        index = diffusers.DiffusionPipeline.load_config(name, **hub)
         if None in index.get("text_encoder", [None]) or "text_encoder_2" not in index:
             raise ValueError(f"a {index['_class_name']}; name an SDXL base model")
-        noise_scheduler = DDPMScheduler.from_pretrained(name, subfolder="scheduler", **hub)
-        channels = UNet2DConditionModel.load_config(name, subfolder="unet", **hub)["in_channels"]
+        noise_scheduler = diffusers.DDPMScheduler.from_pretrained(name, subfolder="scheduler", **hub)
+        channels = diffusers.UNet2DConditionModel.load_config(name, subfolder="unet", **hub)["in_channels"]
         if channels != 4:
             raise ValueError(f"its UNet takes {channels} channels; name a model that isn't for inpainting")
         if noise_scheduler.config.prediction_type not in ("epsilon", "v_prediction"):
             raise ValueError(f"it predicts {noise_scheduler.config.prediction_type}; needs epsilon or v_prediction")
-        unet = UNet2DConditionModel.from_pretrained(name, subfolder="unet", variant=args.variant, dtype=dtype, **hub)
+        hub |= {"variant": args.variant, "dtype": dtype}
+        unet = diffusers.UNet2DConditionModel.from_pretrained(name, subfolder="unet", **hub)
     if args.use_lora:
         layers = [layer.strip() for layer in args.lora_layers.split(",")]
         with blame("lora_layers", args.lora_layers):
@@ -417,16 +420,14 @@ def load_unet(args: argparse.Namespace, accelerator: Accelerator) -> tuple:
 
 def load_pipeline(args: argparse.Namespace, weight_dtype: torch.dtype):
     """SDXL's pipeline without its UNet, on the CPU: it encodes images and captions, and generates at validation."""
-    from diffusers import AutoencoderKL, StableDiffusionXLPipeline
-
     name, vae_name = args.pretrained_model_name_or_path, args.pretrained_vae_model_name_or_path
     hub = {"revision": args.revision, "cache_dir": args.cache_dir}
     components = {"unet": None}
     if vae_name is not None:
         with blame("pretrained_vae_model_name_or_path", vae_name):
-            components["vae"] = AutoencoderKL.from_pretrained(vae_name, cache_dir=args.cache_dir, dtype=torch.float32)
+            components["vae"] = diffusers.AutoencoderKL.from_pretrained(vae_name, cache_dir=args.cache_dir)
     with blame("pretrained_model_name_or_path", name):
-        pipeline = StableDiffusionXLPipeline.from_pretrained(
+        pipeline = diffusers.StableDiffusionXLPipeline.from_pretrained(
             name, variant=args.variant, dtype=weight_dtype, add_watermarker=False, **hub, **components
         )
     pipeline.set_progress_bar_config(disable=True)
@@ -548,8 +549,6 @@ def load_dataset(args: argparse.Namespace, split: str) -> tuple:
     """A table or stream of rows from the hub, from a local file or folder (parquet, arrow, JSON lines, CSV, webdataset
     tars, `save_to_disk`), or from images in `w/` and `l/` with their captions in NAME.txt. And a fingerprint that
     changes with the rows, or None where rows only have paths of images."""
-    import datasets
-
     name, path = args.dataset_name, Path(args.dataset_name)
     datasets.logging.set_verbosity(logging.CRITICAL)  # what it logs as an error is raised too
     if path.exists():
@@ -617,8 +616,6 @@ class Source(NamedTuple):
 
 def open_source(args: argparse.Namespace, split: str, limit: int | None = None) -> Source:
     """Ends the run with one line where there is no row that can be used."""
-    import datasets
-
     dataset, fingerprint = load_dataset(args, split)
     if fingerprint is not None:
         choices = (args.seed, args.tie_policy, args.label_noise_prob, limit, args.skip_unreadable)
@@ -1005,9 +1002,7 @@ def make_optimizer(parameters: list, learning_rate: float, args: argparse.Namesp
 
         return bitsandbytes.optim.AdamW8bit(parameters, **options)
     if args.optimizer == "adafactor":
-        from transformers.optimization import Adafactor
-
-        return Adafactor(parameters, **decay, scale_parameter=False, relative_step=False)
+        return transformers.Adafactor(parameters, **decay, scale_parameter=False, relative_step=False)
     if args.optimizer == "prodigy":
         from prodigyopt import Prodigy
 
@@ -1030,13 +1025,10 @@ class Training(NamedTuple):
 
 def prepare_training(unet, checkpoint: Path | None, args: argparse.Namespace, accelerator: Accelerator) -> Training:
     """As the checkpoint has it, where there is one."""
-    from diffusers.optimization import get_scheduler
-    from diffusers.training_utils import EMAModel
-
     parameters = trainable(unet, accelerator)
     learning_rate = args.learning_rate * (pairs_per_step(args, accelerator) if args.scale_lr else 1)
     optimizer = make_optimizer(parameters, learning_rate, args)
-    lr_scheduler = get_scheduler(
+    lr_scheduler = diffusers.optimization.get_scheduler(
         args.lr_scheduler,
         optimizer,
         num_warmup_steps=args.lr_warmup_steps,
@@ -1054,7 +1046,7 @@ def prepare_training(unet, checkpoint: Path | None, args: argparse.Namespace, ac
     accelerator.register_for_checkpointing(lr_scheduler)  # not prepared: accelerate would step it once per process
     ema = None
     if args.use_ema:
-        ema = EMAModel(trainable(unet, accelerator), decay=args.ema_decay, use_ema_warmup=True, power=0.75)
+        ema = diffusers.EMAModel(trainable(unet, accelerator), decay=args.ema_decay, use_ema_warmup=True, power=0.75)
         accelerator.register_for_checkpointing(ema)
     weights = sum(p.nbytes for p in (parameters if args.use_lora else unwrap(unet, accelerator).parameters()))
     states = sum(p.numel() for p in parameters) * (STATE_BYTES[args.optimizer] + 4 * args.use_ema)
@@ -1469,7 +1461,6 @@ def convert_to_kohya(layers: dict[str, torch.Tensor], alpha: float) -> dict[str,
 
 def save_weights(unet, args: argparse.Namespace, accelerator: Accelerator) -> None:
     """The LoRA, or the whole pipeline, in diffusers' format. Called by every process: a sharded model is gathered."""
-    from diffusers import StableDiffusionXLPipeline, UNet2DConditionModel
     from diffusers.training_utils import _collate_lora_metadata
     from peft import get_peft_model_state_dict
 
@@ -1480,7 +1471,8 @@ def save_weights(unet, args: argparse.Namespace, accelerator: Accelerator) -> No
         return
     if args.use_lora:
         layers = get_peft_model_state_dict(model, state)
-        StableDiffusionXLPipeline.save_lora_weights(output_dir, layers, **_collate_lora_metadata({"unet": model}))
+        metadata = _collate_lora_metadata({"unet": model})
+        diffusers.StableDiffusionXLPipeline.save_lora_weights(output_dir, layers, **metadata)
         if args.output_kohya_format:
             layers = {f"unet.{name}": layer for name, layer in layers.items()}
             converted = convert_to_kohya(layers, args.lora_alpha or args.rank)
@@ -1488,7 +1480,7 @@ def save_weights(unet, args: argparse.Namespace, accelerator: Accelerator) -> No
         return
 
     with torch.device("meta"):  # its own weights would be random numbers
-        whole = UNet2DConditionModel.from_config(model.config)
+        whole = diffusers.UNet2DConditionModel.from_config(model.config)
     whole.load_state_dict(state, assign=True)
     # By default as it was trained: at a learning rate of 1e-7 an update is lost in fewer bits than fp32's.
     dtype = {"fp32": torch.float32, **HALF_DTYPES}.get(args.save_dtype)
@@ -1526,8 +1518,6 @@ def save_results(prompts: list[str], history: list[dict], args: argparse.Namespa
 
 
 def save_model_card(prompts: list[str], report: str, args: argparse.Namespace) -> None:
-    from diffusers.utils.hub_utils import populate_model_card
-
     base, output_dir, where = args.pretrained_model_name_or_path, Path(args.output_dir), args.hub_model_id
     hidden = ("hub_token", "cache_dir", "output_dir", "resume_from_checkpoint")
     settings = {"beta_mapo": args.beta_mapo} | {n: getattr(args, n) for n in args.changed if n not in hidden}
@@ -1572,7 +1562,7 @@ What differs from the script's defaults:
         widget=[{"text": prompts[0], "output": {"url": shown[0]}}] if "before_after.png" in shown else None,
     )
     tags = ["stable-diffusion-xl", "text-to-image", "diffusers", "mapo", "preference-tuning"]
-    card = populate_model_card(card, [*tags, "lora"] if args.use_lora else tags)
+    card = diffusers.utils.hub_utils.populate_model_card(card, [*tags, "lora"] if args.use_lora else tags)
     save_aside(output_dir / "README.md", card.save)
 
 
@@ -1583,10 +1573,6 @@ What differs from the script's defaults:
 
 def prepare_run(args: argparse.Namespace) -> Accelerator:
     """The accelerator, writable folders, and a quiet console: from libraries only errors, and bars of downloads."""
-    import diffusers
-    import huggingface_hub
-    import transformers
-
     accelerator = Accelerator(
         gradient_accumulation_steps=args.gradient_accumulation_steps,
         mixed_precision=args.mixed_precision,

@@ -79,9 +79,12 @@ from datetime import timedelta
 from pathlib import Path
 from typing import NamedTuple
 
+import diffusers
+import huggingface_hub
 import numpy as np
 import torch
 import torch.nn.functional as F
+import transformers
 from accelerate import Accelerator
 from accelerate.logging import get_logger
 from accelerate.utils import (
@@ -353,14 +356,11 @@ HALF_DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16}
 
 def check_tokens(photos: list, args: argparse.Namespace) -> None:
     """Ends the run where a new token exists already or an initializer isn't one token; loads the tokenizers only."""
-    from diffusers import StableDiffusionXLPipeline
-    from transformers import CLIPTokenizer
-
     name, hub = args.pretrained_model_name_or_path, {"revision": args.revision, "cache_dir": args.cache_dir}
     with blame("pretrained_model_name_or_path", name):
-        StableDiffusionXLPipeline.load_config(name, **hub)  # a missing model's tokenizers may load, and be empty
+        diffusers.DiffusionPipeline.load_config(name, **hub)  # a missing model's tokenizers may load, and be empty
         parts = ("tokenizer", "tokenizer_2")
-        tokenizers = {part: CLIPTokenizer.from_pretrained(name, subfolder=part, **hub) for part in parts}
+        tokenizers = {part: transformers.CLIPTokenizer.from_pretrained(name, subfolder=part, **hub) for part in parts}
     tokens = args.placeholder_token or []
     for part, tokenizer in tokenizers.items():
         for token in tokens:
@@ -380,18 +380,17 @@ def check_tokens(photos: list, args: argparse.Namespace) -> None:
 
 def load_models(args: argparse.Namespace, accelerator: Accelerator) -> tuple:
     """The model with all that is trained, and the noise scheduler, whose prediction type decides what it predicts."""
-    from diffusers import AutoencoderKL, DDPMScheduler, StableDiffusionXLPipeline
-
     options = {"revision": args.revision, "variant": args.variant, "cache_dir": args.cache_dir}
     if (vae_name := args.pretrained_vae_model_name_or_path) is not None:
         with blame("pretrained_vae_model_name_or_path", vae_name):
-            options["vae"] = AutoencoderKL.from_pretrained(vae_name, cache_dir=args.cache_dir, dtype=torch.float32)
+            fp32 = {"cache_dir": args.cache_dir, "dtype": torch.float32}
+            options["vae"] = diffusers.AutoencoderKL.from_pretrained(vae_name, **fp32)
     # The frozen weights may be as short as the computation; not the VAE's, as SDXL's own overflows in fp16.
     options["dtype"] = {"vae": torch.float32, "default": HALF_DTYPES.get(accelerator.mixed_precision, torch.float32)}
     name = args.pretrained_model_name_or_path
     with blame("pretrained_model_name_or_path", name):
-        pipeline = StableDiffusionXLPipeline.from_pretrained(name, add_watermarker=False, **options)
-    noise_scheduler = DDPMScheduler.from_config(pipeline.scheduler.config)
+        pipeline = diffusers.StableDiffusionXLPipeline.from_pretrained(name, add_watermarker=False, **options)
+    noise_scheduler = diffusers.DDPMScheduler.from_config(pipeline.scheduler.config)
     if noise_scheduler.config.prediction_type not in ("epsilon", "v_prediction"):
         fail(f"{name}: it predicts {noise_scheduler.config.prediction_type}; needs epsilon or v_prediction")
     pipeline.set_progress_bar_config(disable=True)
@@ -861,9 +860,7 @@ def make_optimizer(model: PersonalizedModel, scale: float, args: argparse.Namesp
 
         return bitsandbytes.optim.AdamW8bit(groups, **options)
     if args.optimizer == "adafactor":
-        from transformers.optimization import Adafactor
-
-        return Adafactor(groups, **decay, scale_parameter=False, relative_step=False)
+        return transformers.Adafactor(groups, **decay, scale_parameter=False, relative_step=False)
     if args.optimizer == "prodigy":
         from prodigyopt import Prodigy
 
@@ -1172,7 +1169,6 @@ def log_validation(
 
 def save_weights(model, args: argparse.Namespace) -> None:
     """LoRA and rows of tokens, in the files that diffusers' loaders read."""
-    from diffusers import StableDiffusionXLPipeline
     from diffusers.training_utils import _collate_lora_metadata
     from peft import get_peft_model_state_dict
 
@@ -1182,7 +1178,7 @@ def save_weights(model, args: argparse.Namespace) -> None:
         prefix = "text_model." if part == "text_encoder" and not hasattr(module, "text_model") else ""
         layers[part] = {f"{prefix}{name}": layer for name, layer in get_peft_model_state_dict(module).items()}
     # PEFT's names: diffusers' older ones do not exist for all layers, and its loader drops one kind of a mixed file.
-    StableDiffusionXLPipeline.save_lora_weights(
+    diffusers.StableDiffusionXLPipeline.save_lora_weights(
         output_dir,
         **{f"{part}_lora_layers": named for part, named in layers.items()},
         **_collate_lora_metadata(model.adapted),
@@ -1212,8 +1208,6 @@ def convert_to_kohya(layers: dict[str, torch.Tensor], alpha: float) -> dict[str,
 def save_model_card(prompt: str, images: list[Image.Image], report: str, args: argparse.Namespace) -> str:
     """README.md, with the images of the new contexts for the hub's gallery; returns its code, which loads the results
     and generates an image of the prompt."""
-    from diffusers.utils.hub_utils import populate_model_card
-
     base, output_dir, tokens = args.pretrained_model_name_or_path, Path(args.output_dir), args.placeholder_token
     where = args.hub_model_id or args.output_dir
     usage = ["import torch", "from diffusers import StableDiffusionXLPipeline"]
@@ -1260,7 +1254,7 @@ A LoRA of SDXL{" and a new token" if tokens else ""}, trained on a few photos wi
         widget=[{"text": text, "output": {"url": f"image_{i}.png"}} for text, i in shown] or None,
     )
     tags = ["stable-diffusion-xl", "text-to-image", "diffusers", "mapo", "lora", "dreambooth"]
-    populate_model_card(card, [*tags, "textual-inversion"] if tokens else tags)
+    diffusers.utils.hub_utils.populate_model_card(card, [*tags, "textual-inversion"] if tokens else tags)
     save_aside(output_dir / "README.md", card.save)
     return usage
 
@@ -1301,10 +1295,6 @@ def save_results(model, history: list[dict], photos: list[Photo], rejected, befo
 
 def prepare_run(args: argparse.Namespace) -> Accelerator:
     """The accelerator, writable folders, and a quiet console: from libraries only errors, and bars of downloads."""
-    import diffusers
-    import huggingface_hub
-    import transformers
-
     accelerator = Accelerator(
         mixed_precision=args.mixed_precision,
         log_with=None if args.report_to == "none" else args.report_to,
@@ -1402,8 +1392,6 @@ def known_errors_end_in_one_line():  # twin
 
 @known_errors_end_in_one_line()
 def main(args: argparse.Namespace) -> None:
-    from diffusers.optimization import get_scheduler
-
     started = time.perf_counter()
     if args.demo and os.environ.get("RANK", "0") == "0":
         from demo.settings import SUBJECT_NOTE
@@ -1436,7 +1424,7 @@ def main(args: argparse.Namespace) -> None:
     vae = model.pipeline.vae
     dataset.encode(rejected, vae, accelerator.device)
     optimizer = make_optimizer(model, photos_in_all if args.scale_lr else 1, args)
-    lr_scheduler = get_scheduler(
+    lr_scheduler = diffusers.optimization.get_scheduler(
         args.lr_scheduler,
         optimizer,
         num_warmup_steps=args.lr_warmup_steps,
