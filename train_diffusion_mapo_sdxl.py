@@ -106,7 +106,6 @@ from mapo_loss import mapo_loss
 
 logger = get_logger(__name__)
 
-DEMO = Path(__file__).resolve().parent / "demo"
 PACKAGES = {"adamw_8bit": "bitsandbytes", "adamw_bf16": "torch-optimi", "prodigy": "prodigyopt"}
 PACKAGES |= {tracker: tracker for tracker in ("tensorboard", "wandb", "trackio")}
 STATE_BYTES = {"adamw": 8, "adamw_8bit": 2, "adamw_bf16": 6, "adafactor": 0, "prodigy": 16}  # of state per weight
@@ -335,7 +334,7 @@ def check_files(parser: argparse.ArgumentParser, args: argparse.Namespace) -> No
     for name in ("pretrained_model_name_or_path", "pretrained_vae_model_name_or_path", "dataset_name"):
         if getattr(args, name) is not None and Path(getattr(args, name)).resolve() == output_dir:
             parser.error(f"--output_dir {output_dir}: is --{name} too; name another folder")
-    if output_dir == DEMO.parent:
+    if output_dir == Path(__file__).resolve().parent:
         parser.error(f"--output_dir {output_dir}: holds this script; name another folder")
     if args.resume_from_checkpoint is None:  # the demo may be run again
         for result in ("checkpoint-*/state.json", "unet", "*.safetensors")[: 1 if args.demo else 3]:
@@ -1684,12 +1683,12 @@ def train(first_step, training, data, noise_scheduler, run, log, args, accelerat
             log.write({"step": step} | measure_held_out(*measuring))
             warn_of_lost_likelihood(log.history, args)
         if skip and accelerator.distributed_type == "DEEPSPEED":  # it updates before its norm is known
-            fail(f"step {step} isn't finite, and DeepSpeed has made it; resume with a lower --learning_rate")
-        lost = log.skipped_in_a_row >= patience
-        if step % args.checkpointing_steps == 0 or stop or lost:
+            fail(f"step {step} isn't finite, and DeepSpeed has applied it; resume with a lower --learning_rate")
+        diverged = log.skipped_in_a_row >= patience
+        if step % args.checkpointing_steps == 0 or stop or diverged:
             state = run | {"pairs": hash_of(data.train.pairs[: step * pairs_in_step])}
             saved = save_checkpoint(step, state, args, accelerator)
-        if lost:
+        if diverged:
             fail(
                 f"{log.skipped_in_a_row} steps in a row had a loss or gradient that isn't finite; {saved} has the "
                 "weights as they were. Try a lower --learning_rate, or bf16 instead of fp16"

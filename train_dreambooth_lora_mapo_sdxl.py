@@ -106,7 +106,6 @@ from mapo_loss import mapo_loss
 
 logger = get_logger(__name__)
 
-DEMO = Path(__file__).resolve().parent / "demo"
 OPTIMIZERS = ("adamw", "adamw_8bit", "adafactor", "prodigy")
 SCHEDULES = ("linear", "cosine", "cosine_with_restarts", "polynomial", "constant", "constant_with_warmup")
 # Packages that a choice needs.
@@ -316,7 +315,7 @@ def check_files(parser: argparse.ArgumentParser, args: argparse.Namespace) -> No
     if prompts is not None and not all(prompts and [prompt.strip() for prompt in prompts]):
         parser.error("--validation_prompts: a prompt is empty")
     output_dir = Path(args.output_dir).resolve()
-    read = (args.pretrained_model_name_or_path, args.instance_data_dir, DEMO.parent)
+    read = (args.pretrained_model_name_or_path, args.instance_data_dir, Path(__file__).parent)
     if output_dir in [Path(source).resolve() for source in read if source is not None]:
         parser.error(f"--output_dir {output_dir}: holds what the run reads; name another folder")
     if args.resume_from_checkpoint is None:  # the demo may be run again
@@ -1456,10 +1455,10 @@ def main(args: argparse.Namespace) -> None:
         if args.refresh_rejected_steps and step % args.refresh_rejected_steps == 0 and step < args.max_train_steps:
             rejected = generate_rejected(step, photos, model, args, accelerator)
             dataset.encode(rejected, vae, accelerator.device)
-        lost = log.skipped_in_a_row >= patience
-        if step % args.checkpointing_steps == 0 or stop or lost:
+        diverged = log.skipped_in_a_row >= patience
+        if step % args.checkpointing_steps == 0 or stop or diverged:
             saved = save_checkpoint(step, run, args, accelerator)
-        if lost:
+        if diverged:
             fail(
                 f"{log.skipped_in_a_row} steps in a row had a loss or gradient that isn't finite; {saved} has the "
                 "weights as they were. Try a lower --learning_rate, or bf16 instead of fp16"
