@@ -52,22 +52,23 @@ from tqdm.auto import tqdm
 DEMO = Path(__file__).resolve().parent
 sys.path.insert(0, str(DEMO.parent))
 
-# foundry (and the word for its style): npm package, version, folder of PNG files, or None for Iconify's SVG
-FOUNDRIES = {
+from demo.style_judge import FOUNDRIES, PREFERRED, RESOLUTION  # noqa: E402
+
+
+# npm package, version, folder of PNG files, or None for Iconify's SVG; a foundry's name is the word for its style
+PACKAGES = {
     "twemoji": ("emoji-datasource-twitter", "16.0.0", "img/twitter/64"),
     "noto": ("emoji-datasource-google", "16.0.0", "img/google/64"),
     "fluent": ("@iconify-json/fluent-emoji-flat", "1.2.6", None),
     "openmoji": ("@iconify-json/openmoji", "1.2.29", None),
 }
 # Only the VAE sees these: styles that the base model doesn't know, which its VAE must be able to show all the same.
-UNSEEN_FOUNDRIES = {
+UNSEEN_PACKAGES = {
     "emojione": ("@iconify-json/emojione", "1.2.3", None),
     "blob": ("@iconify-json/noto-v1", "1.2.5", None),
     "fluent_3d": ("@iconify-json/fluent-emoji", "1.2.7", None),
 }
 NAMES = ("@iconify-json/noto", "1.2.9")  # maps code points to Iconify's names, where a package doesn't
-PREFERRED = "openmoji"
-RESOLUTION = 64
 HELD_OUT_EVERY = 6
 # What the base learns first: emoji that a person recognises at 64 px and that foundries are free to draw as they like;
 # no flags, signs, buildings, clock hands or haircuts. It goes on with those that the demo shows, as it is too small
@@ -124,7 +125,7 @@ def on_white(image: Image.Image) -> np.ndarray:
 
 def drawing_reader(foundry: str, names: dict[str, str], work_dir: Path):
     """A function from an entry of emoji.json to its drawing by the foundry, or None where there is none."""
-    package, version, folder = (FOUNDRIES | UNSEEN_FOUNDRIES)[foundry]
+    package, version, folder = (PACKAGES | UNSEEN_PACKAGES)[foundry]
     archive = open_package(package, version, work_dir)
     if folder:
         members = set(archive.getnames())
@@ -160,8 +161,8 @@ def make_drawings(args: argparse.Namespace) -> dict[str, np.ndarray]:
     if path.exists():
         return dict(np.load(path))
     names = read_json(open_package(*NAMES, args.work_dir), "chars.json")
-    entries = read_json(open_package(*FOUNDRIES["twemoji"][:2], args.work_dir), "emoji.json")
-    readers = {foundry: drawing_reader(foundry, names, args.work_dir) for foundry in FOUNDRIES | UNSEEN_FOUNDRIES}
+    entries = read_json(open_package(*PACKAGES["twemoji"][:2], args.work_dir), "emoji.json")
+    readers = {foundry: drawing_reader(foundry, names, args.work_dir) for foundry in PACKAGES | UNSEEN_PACKAGES}
     captions, shown, drawings, others = [], [], {foundry: [] for foundry in FOUNDRIES}, []
     for entry in tqdm(sorted(entries, key=lambda entry: entry["sort_order"]), desc="drawings"):
         caption = entry["name"].lower().replace("’", "'")
@@ -520,13 +521,14 @@ def write_pipeline(args: argparse.Namespace, vae, tokenizers: tuple, modules) ->
 
 
 def train_judge(args: argparse.Namespace, drawings: dict, vae):
-    """Learns from drawings, from what the VAE makes of them, and from the base's images for captions that name a
-    style, so that it judges style and not sharpness. Nothing of a held-out caption is among them."""
+    """Learns from drawings, those that the demo doesn't show too, from what the VAE makes of them, and from the base's
+    images for captions that name a style, so that it judges style and not sharpness. Nothing of a held-out caption is
+    among them."""
     from demo.report import generate
     from demo.style_judge import StyleJudge, to_batch
 
     seen = ~drawings["held_out"]
-    captions = drawings["captions"][seen].tolist()
+    captions = drawings["captions"][seen & drawings["shown"]].tolist()
     judge = StyleJudge().to(args.device)
     versions = []  # (images, labels)
     for label, foundry in enumerate(FOUNDRIES if not (args.work_dir / "judge.pt").exists() else ()):
@@ -675,13 +677,13 @@ def main(args: argparse.Namespace) -> None:
     vae = train_vae(args, drawings)
     tokenizers, modules = train_base(args, drawings, vae)
     write_pipeline(args, vae, tokenizers, modules)
+    judge = train_judge(args, drawings, vae)
+    weights = {name: weight.half().contiguous() for name, weight in judge.state_dict().items()}
+    save_file(weights, args.output_dir / "style_judge.safetensors")
     shown = drawings["shown"]
     drawings = {name: drawings[name][shown] for name in ("captions", "held_out", *FOUNDRIES)}
     write_drawings(args, drawings)
     write_pairs(args, drawings)
-    judge = train_judge(args, drawings, vae)
-    weights = {name: weight.half().contiguous() for name, weight in judge.state_dict().items()}
-    save_file(weights, args.output_dir / "style_judge.safetensors")
     figures = measure_demo(args, drawings, vae, judge)
     (args.output_dir / "figures.json").write_text(json.dumps(figures, indent=2) + "\n")
     print(json.dumps(figures, indent=2))

@@ -21,14 +21,14 @@ A judge alone can be pleased by a texture, so each report has figures beside it 
 nearest of all foundries' drawings, how far is it, is the ground still white.
 """
 
+import itertools
 import json
 from pathlib import Path
 
-import numpy as np
 import torch
 from PIL import Image
 
-from .style_judge import FOUNDRIES, PREFERRED, StyleJudge, palette, to_batch
+from .style_judge import FOUNDRIES, PREFERRED, RESOLUTION, StyleJudge, palette, to_batch
 
 
 DEMO = Path(__file__).resolve().parent
@@ -52,20 +52,22 @@ def held_out_captions() -> list[str]:
     return (DEMO / "held_out_captions.txt").read_text().splitlines()
 
 
+def load_sheets() -> tuple[list[str], dict[str, list[Image.Image]]]:
+    """The captions, and each foundry's drawings of them, 64 px."""
+    captions = (DEMO / "drawings" / "captions.txt").read_text().splitlines()
+    sheets = {}
+    for foundry in FOUNDRIES:
+        sheet = Image.open(DEMO / "drawings" / f"{foundry}.webp").convert("RGB")
+        corners = itertools.product(range(0, sheet.height, RESOLUTION), range(0, sheet.width, RESOLUTION))
+        tiles = (sheet.crop((left, top, left + RESOLUTION, top + RESOLUTION)) for top, left in corners)
+        sheets[foundry] = [tile for tile, _ in zip(tiles, captions)]
+    return captions, sheets
+
+
 def load_drawings() -> tuple[torch.Tensor, list[str]]:
     """All foundries' drawings, (N, 3, 64, 64) in [-1, 1], foundry after foundry, and each one's caption."""
-    captions = (DEMO / "drawings" / "captions.txt").read_text().splitlines()
-    drawings = []
-    for foundry in FOUNDRIES:
-        sheet = to_tensor(Image.open(DEMO / "drawings" / f"{foundry}.webp"))
-        tiles = sheet.unfold(1, 64, 64).unfold(2, 64, 64).permute(1, 2, 0, 3, 4).flatten(0, 1)
-        drawings.append(tiles[: len(captions)])
-    return torch.cat(drawings), captions * len(FOUNDRIES)
-
-
-def to_tensor(image: Image.Image) -> torch.Tensor:
-    """(3, H, W) in [-1, 1]"""
-    return torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1).float() / 127.5 - 1
+    captions, sheets = load_sheets()
+    return to_batch([drawing for drawings in sheets.values() for drawing in drawings]), captions * len(sheets)
 
 
 @torch.no_grad()
@@ -77,7 +79,7 @@ def generate(pipeline, prompts: list[str]) -> list[Image.Image]:
         chunk = prompts[start : start + 16]
         generators = [torch.Generator("cpu").manual_seed(start + i) for i in range(len(chunk))]
         options = {"num_inference_steps": NUM_INFERENCE_STEPS, "guidance_scale": GUIDANCE_SCALE}
-        images += pipeline(chunk, height=64, width=64, generator=generators, **options).images
+        images += pipeline(chunk, height=RESOLUTION, width=RESOLUTION, generator=generators, **options).images
     return images
 
 
@@ -93,7 +95,7 @@ def measure(images: list[Image.Image], captions: list[str]) -> dict[str, float]:
     batch, (drawings, drawn) = to_batch(images), load_drawings()
     distances = torch.cdist(batch.flatten(1), drawings.flatten(1)) * 127.5 / batch[0].numel() ** 0.5
     distance, nearest = distances.min(1)
-    border = torch.ones(64, 64, dtype=torch.bool)
+    border = torch.ones(RESOLUTION, RESOLUTION, dtype=torch.bool)
     border[2:-2, 2:-2] = False
     styles = StyleJudge.from_pretrained().name(images)
     return {

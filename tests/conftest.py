@@ -7,8 +7,14 @@ import subprocess
 import sys
 from pathlib import Path
 
-import pytest
-import torch
+
+# With -n 2 (pytest-xdist) a core for each worker: threads that wait for a core in use spin for minutes.
+if worker := os.environ.get("PYTEST_XDIST_WORKER"):
+    cores = sorted(os.sched_getaffinity(0))
+    os.sched_setaffinity(0, {cores[int(worker.removeprefix("gw")) % len(cores)]})
+
+import pytest  # noqa: E402
+import torch  # noqa: E402
 
 
 os.environ["HF_HUB_OFFLINE"] = "1"

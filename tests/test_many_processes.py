@@ -43,14 +43,24 @@ def run(base, tmp_path):
     def start(launcher: list[str], name: str, *flags: str, check: bool = True) -> Path | subprocess.CompletedProcess:
         command = [*launcher, SCRIPT, *base, f"--output_dir={tmp_path / name}", f"--cache_dir={tmp_path / name}-cache"]
         env = os.environ | ({"ACCELERATE_USE_CPU": "true"} if launcher == TORCHRUN else {})
-        one_thread = one_core if launcher == ONE else None
-        done = subprocess.run(
-            [*command, *flags], capture_output=True, text=True, timeout=900, env=env, preexec_fn=one_thread
-        )
+        pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+        options = {"env": env | {"PYTHONFAULTHANDLER": "1"}, "preexec_fn": one_core if launcher == ONE else None}
+        with subprocess.Popen([*command, *flags], **pipes, **options) as process:
+            try:
+                said = process.communicate(timeout=300)
+            except subprocess.TimeoutExpired:
+                for pid in [*children_of(process), process.pid]:
+                    os.kill(pid, signal.SIGABRT)  # each prints where it hangs
+                pytest.fail("hangs\n" + "".join(process.communicate()))
+        done = subprocess.CompletedProcess(process.args, process.returncode, *said)
         assert not check or done.returncode == 0, done.stdout + done.stderr
         return tmp_path / name if check else done
 
     return start
+
+
+def children_of(process: subprocess.Popen) -> list[int]:
+    return [int(pid) for pid in Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()]
 
 
 def one_core() -> None:
@@ -126,8 +136,7 @@ def test_a_signal_to_one_process_has_both_stop_with_one_checkpoint(base, tmp_pat
         while not (out / "metrics.jsonl").exists() or not (out / "metrics.jsonl").stat().st_size:
             assert process.poll() is None, process.stdout.read()
             time.sleep(0.05)
-        children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
-        os.kill(int(children[-1]), signal.SIGTERM)
+        os.kill(children_of(process)[-1], signal.SIGTERM)
         said = process.communicate(timeout=300)[0]
     assert process.returncode == 0, said
     (checkpoint,) = out.glob("checkpoint-*")
