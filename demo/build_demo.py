@@ -94,7 +94,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--vae_steps", type=int, default=12000)
     parser.add_argument("--base_steps", type=int, default=6500)
     parser.add_argument("--wide_fraction", type=float, default=0.45, help="Of the base's steps: on all emoji.")
-    parser.add_argument("--judge_steps", type=int, default=1000)
+    parser.add_argument("--judge_steps", type=int, default=600)
     parser.add_argument("--max_captions", type=int, default=None, help="Use the first N captions only (for tests).")
     parser.add_argument("--seed", type=int, default=0)
     return parser.parse_args(argv)
