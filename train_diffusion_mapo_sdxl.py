@@ -68,6 +68,7 @@ import shutil
 import signal
 import sys
 import tempfile
+import textwrap
 import time
 import uuid
 from collections import Counter, deque
@@ -77,8 +78,11 @@ from datetime import timedelta
 from pathlib import Path
 from typing import NamedTuple
 
+import datasets
+import huggingface_hub
 import numpy as np
 import torch
+import transformers
 from accelerate import Accelerator
 from accelerate.logging import get_logger
 from accelerate.utils import (
@@ -90,45 +94,28 @@ from accelerate.utils import (
     gather_object,
     set_seed,
 )
-from huggingface_hub import cached_assets_path
+from huggingface_hub import ModelCard, ModelCardData, cached_assets_path, create_repo, upload_folder
 from mapo_loss import mapo_loss
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from tqdm.auto import tqdm
 
+import diffusers
+
 
 logger = get_logger(__name__)
 
-DEMO = Path(__file__).resolve().parent / "demo"
-DEMO_SETTINGS = {
-    "pretrained_model_name_or_path": str(DEMO / "sdxl-tiny-emoji"),
-    "dataset_name": str(DEMO / "pairs"),
-    "validation_split_name": "test",
-    "num_validation_pairs": 50,
-    "safeguard": 0.8,
-    "validation_steps": 25,
-    "validation_guidance_scale": 2.0,
-    "output_dir": "mapo-demo",
-    "resolution": 64,
-    "train_batch_size": 16,
-    "learning_rate": 1e-5,
-    "lr_scheduler": "constant_with_warmup",
-    "lr_warmup_steps": 10,
-    "max_train_steps": 150,
-}
-PACKAGES = {"adamw_8bit": "bitsandbytes", "adamw_bf16": "optimi", "prodigy": "prodigyopt", "wandb": "wandb"}
-PACKAGES |= {"tensorboard": "tensorboard", "trackio": "trackio"}
-STATE_BYTES = {"adamw": 8, "adamw_8bit": 2, "adamw_bf16": 6, "adafactor": 0, "prodigy": 16}  # of a weight
+PACKAGES = {"adamw_8bit": "bitsandbytes", "adamw_bf16": "torch-optimi", "prodigy": "prodigyopt"}
+PACKAGES |= {tracker: tracker for tracker in ("tensorboard", "wandb", "trackio")}
+STATE_BYTES = {"adamw": 8, "adamw_8bit": 2, "adamw_bf16": 6, "adafactor": 0, "prodigy": 16}  # of state per weight
 SCHEDULES = ("linear", "cosine", "cosine_with_restarts", "polynomial", "constant", "constant_with_warmup")
-# Flags that do nothing without another one.
-NEEDS = {
+NEEDS = {  # the latter do nothing without the former
     "use_lora": ("rank", "lora_alpha", "lora_dropout", "lora_layers", "use_dora", "output_kohya_format"),
     "use_ema": ("ema_decay", "offload_ema"),
     "compile": ("activation_memory_budget",),
     "push_to_hub": ("hub_model_id",),
     "label_0_column": ("label_1_column",),
-    "num_validation_pairs": ("validation_split_name",),
 }
 TOGETHER = (
     ("pretrained_model_name_or_path", "dataset_name"),
@@ -180,17 +167,17 @@ def parse_args(input_args: list[str] | None = None) -> argparse.Namespace:
     add("--dataset_split_name", default="train", help="Split of the data set, or several: a+b.")
     add("--streaming", action="store_true", help="Read the data set once, as far as needed, and don't store it.")
     add("--image_root", help="Folder that image paths in the data set start from, and may not leave.")
-    add("--caption_column", help="Column of captions; like the next ones for data sets with other columns.")
+    add("--caption_column", help="Column of captions, where the data set has columns of its own.")
     add("--chosen_column", help="Column of chosen images.")
     add("--rejected_column", help="Column of rejected images.")
-    add("--image_0_column", help="Column of first images; then labels decide which is chosen.")
+    add("--image_0_column", help="Column of first images, where labels decide which is chosen.")
     add("--image_1_column", help="Column of second images.")
-    add("--label_0_column", help="Votes or score of the first image; alone, its preference from 0 to 1.")
-    add("--label_1_column", help="Votes or score of the second image.")
-    add("--tie_policy", choices=["drop", "random"], default="drop", help="What becomes of ties; random: either wins.")
+    add("--label_0_column", help="Column of votes or scores of image 0; alone, of preferences, 0 to 1.")
+    add("--label_1_column", help="Column of votes or scores of image 1.")
+    add("--tie_policy", choices=["drop", "random"], default="drop", help="Drop ties, or let either image win.")
     add("--skip_unreadable", action="store_true", help="Leave out pairs with an image that can't be read.")
-    add("--label_noise_prob", type=fraction, default=0.0, help="Fraction of pairs to swap, the same ones by seed.")
-    add("--max_train_samples", type=count, help="Use only the first pairs, this many.")
+    add("--label_noise_prob", type=fraction, default=0.0, help="Fraction of pairs to swap; the seed says which.")
+    add("--max_train_samples", type=count, help="Use only the first N pairs.")
     add("--resolution", type=number(int, "[8, inf)"), default=1024, help="Side of the training images, in pixels.")
     add("--random_crop", action="store_true", help="Crop each image at one random place, not in the centre.")
     add("--random_flip", action="store_true", help="Mirror half of the pairs, both images or none.")
@@ -209,7 +196,7 @@ def parse_args(input_args: list[str] | None = None) -> argparse.Namespace:
     add("--rank", type=count, default=32, help="Rank of the LoRA.")
     add("--lora_alpha", type=positive, help="The LoRA's scale is alpha / rank. Default: the rank.")
     add("--lora_dropout", type=below_one, default=0.0, help="With it, the result depends on the number of processes.")
-    add("--lora_layers", default="to_k,to_q,to_v,to_out.0", help="sd-scripts reads no conv_in, conv_out, embeddings.")
+    add("--lora_layers", default="to_k,to_q,to_v,to_out.0", help="Its layers; kohya's file has no conv_in, conv_out.")
     add("--use_dora", action="store_true", help="Weight-decomposed LoRA.")
     add("--output_kohya_format", action="store_true", help="Write the LoRA a second time, for ComfyUI and A1111.")
 
@@ -227,11 +214,11 @@ def parse_args(input_args: list[str] | None = None) -> argparse.Namespace:
     add("--optimizer", choices=list(STATE_BYTES), default="adamw", help="adamw_bf16: weights and states in bf16.")
     add("--use_8bit_adam", action="store_true", help="The same as --optimizer adamw_8bit.")
     add("--adam_beta1", type=below_one, default=0.9, help="Decay of the mean of gradients.")
-    add("--adam_beta2", type=below_one, default=0.999, help="Decay of the mean of their squares.")
+    add("--adam_beta2", type=below_one, default=0.999, help="Decay of the mean of squared gradients.")
     add("--adam_weight_decay", type=not_negative, default=1e-2, help="Decoupled weight decay.")
     add("--adam_epsilon", type=positive, default=1e-8, help="Added to Adam's denominator.")
-    add("--max_grad_norm", type=positive, default=1.0, help="Longer gradients are clipped to this norm.")
-    add("--max_nonfinite_steps", type=count, default=10, help="Stop after as many steps in a row that aren't finite.")
+    add("--max_grad_norm", type=positive, default=1.0, help="Norm to which longer gradients are clipped.")
+    add("--max_nonfinite_steps", type=count, default=10, help="Stop after N steps in a row that aren't finite.")
     add("--use_ema", action="store_true", help="Keep, sample with and save a running mean of the weights.")
     add("--ema_decay", type=fraction, default=0.9999, help="Decay of the running mean at its end.")
     add("--offload_ema", action="store_true", help="Keep the running mean in the CPU's memory between updates.")
@@ -243,26 +230,24 @@ def parse_args(input_args: list[str] | None = None) -> argparse.Namespace:
     add("--compile", action="store_true", help="Compile the blocks of the UNet.")
     add("--activation_memory_budget", type=fraction, help="Fraction of the activations to keep with --compile.")
     add("--allow_tf32", action="store_true", help="TF32 matrix products on Ampere and later.")
-    add("--enable_xformers_memory_efficient_attention", action="store_true", help="Instead of torch's attention.")
+    add("--enable_xformers_memory_efficient_attention", action="store_true", help="xformers' attention, not torch's.")
 
     # Checkpoints and validation
     add("--output_dir", default="diffusion-mapo-sdxl", help="Folder of results and checkpoints.")
     add("--checkpointing_steps", type=count, default=500, help="Updates between checkpoints.")
-    add("--checkpoints_total_limit", type=count, default=2, help="Keep only the newest checkpoints, this many.")
+    add("--checkpoints_total_limit", type=count, default=2, help="Keep only the newest N checkpoints.")
     add("--resume_from_checkpoint", help="Folder of a checkpoint, or `latest`.")
     add("--validation_steps", type=count, default=500, help="Updates between validations.")
-    add("--num_validation_pairs", type=whole, default=0, help="Pairs to measure, not to train on.")
-    add("--validation_split_name", help="Split that these come from. Default: the training pairs.")
-    add(
-        "--validation_prompts", nargs="+", help="Or a .txt file, one a line. Default: 8 captions, after training only."
-    )
+    add("--num_validation_pairs", type=whole, default=0, help="Pairs to hold out from training and measure.")
+    add("--validation_split_name", help="Split of the held-out pairs. Default: that of training.")
+    add("--validation_prompts", nargs="+", help="Or a .txt file of them. Default: 8 captions, after training only.")
     add("--num_validation_images", type=count, default=1, help="Images per prompt.")
-    add("--validation_guidance_scale", type=not_negative, default=5.0, help="Their guidance scale.")
-    add("--validation_num_inference_steps", type=count, default=25, help="Their denoising steps.")
+    add("--validation_guidance_scale", type=not_negative, default=5.0, help="Guidance scale of these images.")
+    add("--validation_num_inference_steps", type=count, default=25, help="Denoising steps of these images.")
     add("--skip_final_inference", action="store_true", help="Generate no images after training.")
 
     # Output
-    add("--save_dtype", choices=["fp32", "fp16", "bf16"], help="Of the saved pipeline. Default: as it was trained.")
+    add("--save_dtype", choices=["fp32", "fp16", "bf16"], help="Precision of the saved pipeline. Default: as trained.")
     add("--logging_dir", default="logs", help="Folder of the tracker's files, in --output_dir.")
     add("--report_to", choices=["none", "tensorboard", "wandb", "trackio"], default="none", help="Tracker.")
     add("--push_to_hub", action="store_true", help="Upload the results at the end.")
@@ -274,13 +259,15 @@ def parse_args(input_args: list[str] | None = None) -> argparse.Namespace:
             action.help += " Default: %(default)s."
     defaults, args = vars(parser.parse_args([])), parser.parse_args(input_args)
     demo = args.pretrained_model_name_or_path is None and args.dataset_name is None
-    if demo and not DEMO.is_dir():
+    if demo and not (Path(__file__).resolve().parent / "demo").is_dir():
         parser.error(
             "--pretrained_model_name_or_path and --dataset_name are needed: an SDXL model such as "
             "stabilityai/stable-diffusion-xl-base-1.0, and preference pairs"
         )
     if demo:
-        parser.set_defaults(**DEMO_SETTINGS)  # what the user did name still counts
+        from demo.settings import PAIRS
+
+        parser.set_defaults(**PAIRS)  # what the user did name still counts
         args = parser.parse_args(input_args)
     args.demo, args.changed = demo, sorted(name for name, value in vars(args).items() if value != defaults[name])
     if args.optimizer == "adamw_bf16" and args.mixed_precision is None:
@@ -302,19 +289,18 @@ def check_args(parser: argparse.ArgumentParser, args: argparse.Namespace) -> Non
         if getattr(args, name) == "":
             parser.error(f"--{name}: is empty")
     for needed, names in NEEDS.items():
-        for name in sorted({*names} & {*args.changed} - {*(DEMO_SETTINGS if args.demo else ())}):
-            if not getattr(args, needed):
+        for name in names:
+            if name in args.changed and not getattr(args, needed):
                 parser.error(f"--{name} needs --{needed} too")
     for together in TOGETHER:
-        missing = [name for name in together if getattr(args, name) is None]
-        if 0 < len(missing) < len(together):
-            given = next(name for name in together if name not in missing)
-            parser.error(f"--{given} needs --{missing[0]} too")
-    bf16 = args.optimizer == "adamw_bf16"
+        given = [name for name in together if getattr(args, name) is not None]
+        missing = [name for name in together if name not in given]
+        if given and missing:
+            parser.error(f"--{given[0]} needs --{missing[0]} too")
+    bf16, other = args.optimizer == "adamw_bf16", args.optimizer not in ("adamw", "adamw_8bit")
     for flags, both in {
         "--chosen_column and --image_0_column": args.chosen_column and args.image_0_column,
-        f"--use_8bit_adam and --optimizer {args.optimizer}": args.use_8bit_adam and "adamw" not in args.optimizer,
-        "--use_8bit_adam and --optimizer adamw_bf16": args.use_8bit_adam and bf16,
+        f"--use_8bit_adam and --optimizer {args.optimizer}": args.use_8bit_adam and other,
         "--use_lora and --optimizer adamw_bf16": args.use_lora and bf16,
         "--use_ema and --optimizer adamw_bf16": args.use_ema and bf16,
         "--optimizer adamw_bf16 and another --mixed_precision": bf16 and args.mixed_precision != "bf16",
@@ -326,9 +312,10 @@ def check_args(parser: argparse.ArgumentParser, args: argparse.Namespace) -> Non
             parser.error(f"{flags} exclude each other")
     for flag in ("optimizer", "report_to"):
         package = PACKAGES.get(getattr(args, flag))
-        if package is not None and importlib.util.find_spec(package) is None:
-            package = package.replace("optimi", "torch-optimi")
+        if package is not None and importlib.util.find_spec(package.removeprefix("torch-")) is None:
             parser.error(f"--{flag} {getattr(args, flag)} needs a package: pip install {package}")
+    if args.validation_split_name and not args.num_validation_pairs and not args.demo:
+        parser.error("--validation_split_name needs --num_validation_pairs too")
     if args.resolution % 8:
         parser.error(f"--resolution {args.resolution}: must be a multiple of 8; try {round(args.resolution / 8) * 8}")
     if args.lr_warmup_steps > (args.max_train_steps or math.inf) and not args.demo:
@@ -352,7 +339,7 @@ def check_files(parser: argparse.ArgumentParser, args: argparse.Namespace) -> No
     for name in ("pretrained_model_name_or_path", "pretrained_vae_model_name_or_path", "dataset_name"):
         if getattr(args, name) is not None and Path(getattr(args, name)).resolve() == output_dir:
             parser.error(f"--output_dir {output_dir}: is --{name} too; name another folder")
-    if output_dir == DEMO.parent:
+    if output_dir == Path(__file__).resolve().parent:
         parser.error(f"--output_dir {output_dir}: holds this script; name another folder")
     if args.resume_from_checkpoint is None:  # the demo may be run again
         for result in ("checkpoint-*/state.json", "unet", "*.safetensors")[: 1 if args.demo else 3]:
@@ -393,7 +380,6 @@ def load_unet(args: argparse.Namespace, accelerator: Accelerator) -> tuple:
     """The UNet, on the CPU, and the noise scheduler, whose prediction type decides what the UNet learns to predict."""
     from peft import LoraConfig
 
-    from diffusers import DDPMScheduler, DiffusionPipeline, UNet2DConditionModel
     from diffusers.training_utils import cast_training_params
 
     name, hub = args.pretrained_model_name_or_path, {"revision": args.revision, "cache_dir": args.cache_dir}
@@ -401,16 +387,17 @@ def load_unet(args: argparse.Namespace, accelerator: Accelerator) -> tuple:
     if args.use_lora:  # the frozen weights may be as short as the computation
         dtype = HALF_DTYPES.get(accelerator.mixed_precision, torch.float32)
     with blame("pretrained_model_name_or_path", name):
-        index = DiffusionPipeline.load_config(name, **hub)
+        index = diffusers.DiffusionPipeline.load_config(name, **hub)
         if None in index.get("text_encoder", [None]) or "text_encoder_2" not in index:
             raise ValueError(f"a {index['_class_name']}; name an SDXL base model")
-        noise_scheduler = DDPMScheduler.from_pretrained(name, subfolder="scheduler", **hub)
-        channels = UNet2DConditionModel.load_config(name, subfolder="unet", **hub)["in_channels"]
+        noise_scheduler = diffusers.DDPMScheduler.from_pretrained(name, subfolder="scheduler", **hub)
+        channels = diffusers.UNet2DConditionModel.load_config(name, subfolder="unet", **hub)["in_channels"]
         if channels != 4:
             raise ValueError(f"its UNet takes {channels} channels; name a model that isn't for inpainting")
         if noise_scheduler.config.prediction_type not in ("epsilon", "v_prediction"):
             raise ValueError(f"it predicts {noise_scheduler.config.prediction_type}; needs epsilon or v_prediction")
-        unet = UNet2DConditionModel.from_pretrained(name, subfolder="unet", variant=args.variant, dtype=dtype, **hub)
+        hub |= {"variant": args.variant, "dtype": dtype}
+        unet = diffusers.UNet2DConditionModel.from_pretrained(name, subfolder="unet", **hub)
     if args.use_lora:
         layers = [layer.strip() for layer in args.lora_layers.split(",")]
         with blame("lora_layers", args.lora_layers):
@@ -438,16 +425,14 @@ def load_unet(args: argparse.Namespace, accelerator: Accelerator) -> tuple:
 
 def load_pipeline(args: argparse.Namespace, weight_dtype: torch.dtype):
     """SDXL's pipeline without its UNet, on the CPU: it encodes images and captions, and generates at validation."""
-    from diffusers import AutoencoderKL, StableDiffusionXLPipeline
-
     name, vae_name = args.pretrained_model_name_or_path, args.pretrained_vae_model_name_or_path
     hub = {"revision": args.revision, "cache_dir": args.cache_dir}
     components = {"unet": None}
     if vae_name is not None:
         with blame("pretrained_vae_model_name_or_path", vae_name):
-            components["vae"] = AutoencoderKL.from_pretrained(vae_name, cache_dir=args.cache_dir, dtype=torch.float32)
+            components["vae"] = diffusers.AutoencoderKL.from_pretrained(vae_name, cache_dir=args.cache_dir)
     with blame("pretrained_model_name_or_path", name):
-        pipeline = StableDiffusionXLPipeline.from_pretrained(
+        pipeline = diffusers.StableDiffusionXLPipeline.from_pretrained(
             name, variant=args.variant, dtype=weight_dtype, add_watermarker=False, **hub, **components
         )
     pipeline.set_progress_bar_config(disable=True)
@@ -507,8 +492,14 @@ def find_columns(args: argparse.Namespace, names: list[str]) -> tuple:
 class PreferencePairs:
     """The rows of a table whose label decides.
 
-    `dataset` has the rows, images not decoded; `chunk` is the number of this part of a stream. Of each pair there are
-    its `captions`, its `rows` in the data set, `chosen_first` (image 0 is the chosen one), Shape: (N,).
+    Args:
+        dataset: a `datasets.Dataset` whose images are not decoded.
+        chunk: the number of this part of a stream.
+
+    Attributes:
+        rows, captions: of the N pairs that can be used, their rows in the data set and their captions.
+        chosen_first: whether image 0 is the chosen one. Shape: (N,)
+        counts: rows, and those left out, by reason.
     """
 
     def __init__(self, dataset, args: argparse.Namespace, chunk: int | None = None) -> None:
@@ -563,8 +554,6 @@ def load_dataset(args: argparse.Namespace, split: str) -> tuple:
     """A table or stream of rows from the hub, from a local file or folder (parquet, arrow, JSON lines, CSV, webdataset
     tars, `save_to_disk`), or from images in `w/` and `l/` with their captions in NAME.txt. And a fingerprint that
     changes with the rows, or None where rows only have paths of images."""
-    import datasets
-
     name, path = args.dataset_name, Path(args.dataset_name)
     datasets.logging.set_verbosity(logging.CRITICAL)  # what it logs as an error is raised too
     if path.exists():
@@ -600,21 +589,20 @@ def load_dataset(args: argparse.Namespace, split: str) -> tuple:
 
 
 def list_image_folders(path: Path) -> list[dict[str, str]]:
-    """`w/NAME.*`, `l/NAME.*`, `NAME.txt` -> one row per name. Other files are passed over."""
+    """`w/NAME.*`, `l/NAME.*`, `NAME.txt` -> one row per name. Files that aren't images are passed over."""
     images = {}
     for file in sorted([*path.glob("w/[!.]*"), *path.glob("l/[!.]*")]):
         if file.suffix.lower() in Image.registered_extensions():
-            key = (file.stem, file.parent.name)
-            if key in images:
-                raise ValueError(f"{file} and {images[key]} have one name")
-            images[key] = str(file)
+            sides = images.setdefault(file.stem, {})
+            if (side := file.parent.name) in sides:
+                raise ValueError(f"{file} and {sides[side]} have one name")
+            sides[side] = str(file)
     rows = []
-    for name in sorted({name for name, _ in images}):
-        for side in "wl":
-            if (name, side) not in images:
-                raise ValueError(f"no image {side}/{name} to go with the other one")
+    for name, sides in sorted(images.items()):
+        if len(sides) < 2:
+            raise ValueError(f"no image {'l' if 'w' in sides else 'w'}/{name} to go with the other one")
         caption = (path / f"{name}.txt").read_text(encoding="utf-8-sig").strip()
-        rows.append({"caption": caption, "chosen": images[name, "w"], "rejected": images[name, "l"]})
+        rows.append({"caption": caption, "chosen": sides["w"], "rejected": sides["l"]})
     return rows
 
 
@@ -633,8 +621,6 @@ class Source(NamedTuple):
 
 def open_source(args: argparse.Namespace, split: str, limit: int | None = None) -> Source:
     """Ends the run with one line where there is no row that can be used."""
-    import datasets
-
     dataset, fingerprint = load_dataset(args, split)
     if fingerprint is not None:
         choices = (args.seed, args.tie_policy, args.label_noise_prob, limit, args.skip_unreadable)
@@ -752,16 +738,13 @@ def warn_of_room(folder: Path, needed: float, what: str) -> None:
         logger.warning(f"{what} may take {needed / 1e9:.1f} GB, but {folder} has {free / 1e9:.1f} GB left.")
 
 
-def prefetch(function, items) -> Iterator:
+def prefetch(function, items: Iterator, ahead: int = 32) -> Iterator:
     """`function` of each item, in their order; threads work ahead."""
     with ThreadPoolExecutor() as pool:
-        pending = deque()
-        for item in items:
-            pending.append(pool.submit(function, item))
-            if len(pending) > 2 * pool._max_workers:
-                yield pending.popleft().result()
+        pending = deque(pool.submit(function, item) for item in itertools.islice(items, ahead))
         while pending:
             yield pending.popleft().result()
+            pending.extend(pool.submit(function, item) for item in itertools.islice(items, 1))
 
 
 @torch.no_grad()
@@ -809,26 +792,25 @@ def encode_pairs(source: Source, count: int, vae, folder: Path, args, accelerato
         return key, [prepare_image(image, args.resolution, crop, flip) for flip in flips]
 
     def prepare(item: tuple) -> tuple:
-        """Place, pair and its prepared images; instead of the pair the reason why it can't be read."""
+        """Place, caption and images of a pair; instead of the caption the reason why it can't be read."""
         place, (table, i) = item
         try:
-            prepared = table.images(i, prepare_file)
+            return place, table.captions[i], table.images(i, prepare_file)
         except ValueError as error:
             return place, error, []
-        return place, Pair(*(key for key, _ in prepared), table.captions[i]), prepared
 
     candidates = enumerate(itertools.islice(source.pairs, count))
     mine = (item for item in candidates if item[0] % accelerator.num_processes == accelerator.process_index)
     found, total = [], -(-count // accelerator.num_processes)
-    for place, pair, prepared in tqdm(prefetch(prepare, mine), desc="Images", total=total, disable=not main):
-        if isinstance(pair, ValueError) and not args.skip_unreadable:
-            fail(f"--dataset_name {args.dataset_name}: {pair}; mend it, or see --skip_unreadable")
-        for key, views in prepared:  # an image alone: rounding depends on what else is in a batch
+    for place, caption, images in tqdm(prefetch(prepare, mine), desc="Images", total=total, disable=not main):
+        if isinstance(caption, ValueError) and not args.skip_unreadable:
+            fail(f"--dataset_name {args.dataset_name}: {caption}; mend it, or see --skip_unreadable")
+        for key, views in images:  # an image alone: rounding depends on what else is in a batch
             if views:
                 latents = encode_pixels(torch.stack([pixels for pixels, _ in views]), vae)
                 time_ids = torch.tensor([ids for _, ids in views], dtype=torch.float32)
                 save_entry(folder, key, {"latents": latents.half(), "time_ids": time_ids})
-        found.append((place, None if isinstance(pair, ValueError) else pair))
+        found.append((place, [*(key for key, _ in images), caption] if images else None))
     found = [pair for _, pair in sorted(gather_object(found))]
     pairs = [Pair(*pair) for pair in found if pair is not None]
     source.counts["unreadable"] = len(found) - len(pairs)
@@ -896,11 +878,6 @@ class EncodedPairs(torch.utils.data.Dataset):
         row["time_ids"] = winner["time_ids"][int(flip)]  # part of c, which the pair shares
         return {name: value.float() for name, value in row.items()} | {"position": torch.tensor(position)}
 
-    def fingerprint(self, positions: int) -> str:
-        """Changes with the pairs at the first positions of the run."""
-        wrapped = len(self.pairs) if positions > len(self.pairs) else None
-        return hash_of(self.pairs[:positions], wrapped)
-
 
 class Data(NamedTuple):
     """All that training and validation read."""
@@ -909,44 +886,51 @@ class Data(NamedTuple):
     held_out: EncodedPairs | None
     prompts: list[str]
     prompt_embeddings: dict[str, torch.Tensor]  # of the prompts, and behind them of the empty one
+    pipeline: object  # generates their images, without UNet and text encoders
+    images_before: list[Image.Image]  # those of the base model, once they are shown
 
 
 def encode_data(source: Source, held_out: Source | None, pipeline, args, accelerator: Accelerator) -> Data:
     """Encodes what the run will take. VAE and text encoders aren't on the device together, nor while training."""
-    vae, extra = pipeline.vae.to(accelerator.device), args.num_validation_pairs
-    scale = (vae.config.scaling_factor, vae.config.shift_factor)
-    crop = args.seed if args.random_crop else "centre"
-    name = f"images-{hash_of(vae, scale, args.resolution, crop, args.random_flip)}"
-    images = cached_assets_path("mapo", name, assets_dir=args.cache_dir)
-    measured = encode_pairs(held_out, extra, vae, images, args, accelerator) if held_out else []
-    count = args.max_train_steps * pairs_per_step(args, accelerator) + (0 if held_out else extra)
+    vae = pipeline.vae.to(accelerator.device)
+    settings = (vae.config.scaling_factor, vae.config.shift_factor), args.resolution
+    settings += (args.seed if args.random_crop else "centre", args.random_flip)
+    images = cached_assets_path("mapo", f"images-{hash_of(vae, *settings)}", assets_dir=args.cache_dir)
+    held_out_pairs, count = [], args.max_train_steps * pairs_per_step(args, accelerator)
+    if held_out is not None:
+        held_out_pairs = encode_pairs(held_out, args.num_validation_pairs, vae, images, args, accelerator)
+    else:
+        count += args.num_validation_pairs
     side = args.resolution // 2 ** (len(vae.config.block_out_channels) - 1)
-    size = 4 * vae.config.latent_channels * side**2 * (1 + args.random_flip)
+    size = 4 * vae.config.latent_channels * side**2 * (1 + args.random_flip)  # of two images in fp16
     warn_of_room(images, size * min(count, source.length or count), "Latents")
     pairs = encode_pairs(source, count, vae, images, args, accelerator)
-    if not held_out:
-        measured, pairs = pairs[:extra], pairs[extra:]
+    if held_out is None:
+        held_out_pairs, pairs = pairs[: args.num_validation_pairs], pairs[args.num_validation_pairs :]
     if not pairs:
-        fail(f"--num_validation_pairs {extra}: leaves no pair to train on")
+        fail(f"--num_validation_pairs {args.num_validation_pairs}: leaves no pair to train on")
     vae.to("cpu")
 
     prompts = args.validation_prompts
     if prompts is None:
-        captions = sorted({pair.caption for pair in measured or pairs} - {""}) or [""]
+        captions = sorted({pair.caption for pair in held_out_pairs or pairs} - {""}) or [""]
         prompts = np.random.default_rng(args.seed).permutation(captions)[:8].tolist()
     prompts = [prompt for prompt in prompts for _ in range(args.num_validation_images)]
     for encoder in (pipeline.text_encoder, pipeline.text_encoder_2):
         encoder.to(accelerator.device)
-    captions = encode_captions({*prompts, "", *(p.caption for p in [*measured, *pairs])}, pipeline, args, accelerator)
+    captions = {*prompts, "", *(pair.caption for pair in [*held_out_pairs, *pairs])}
+    captions = encode_captions(captions, pipeline, args, accelerator)
     pipeline.text_encoder = pipeline.text_encoder_2 = None
     rows = [load_file(entry_path(captions, hash_of(prompt))) for prompt in [*prompts, ""]]
     embeddings = {name: torch.stack([row[name].float() for row in rows]) for name in rows[0]}
     fractions = (0.5 * args.random_flip, args.proportion_empty_prompts)
     return Data(
         EncodedPairs(pairs, images, captions, args.seed, *fractions),
-        EncodedPairs(measured, images, captions, args.seed, 0, 0) if measured else None,
+        EncodedPairs(held_out_pairs, images, captions, args.seed, 0, 0) if held_out_pairs else None,
         prompts,
         embeddings,
+        pipeline,
+        images_before=[],
     )
 
 
@@ -1023,9 +1007,7 @@ def make_optimizer(parameters: list, learning_rate: float, args: argparse.Namesp
 
         return bitsandbytes.optim.AdamW8bit(parameters, **options)
     if args.optimizer == "adafactor":
-        from transformers.optimization import Adafactor
-
-        return Adafactor(parameters, **decay, scale_parameter=False, relative_step=False)
+        return transformers.Adafactor(parameters, **decay, scale_parameter=False, relative_step=False)
     if args.optimizer == "prodigy":
         from prodigyopt import Prodigy
 
@@ -1048,13 +1030,10 @@ class Training(NamedTuple):
 
 def prepare_training(unet, checkpoint: Path | None, args: argparse.Namespace, accelerator: Accelerator) -> Training:
     """As the checkpoint has it, where there is one."""
-    from diffusers.optimization import get_scheduler
-    from diffusers.training_utils import EMAModel
-
     parameters = trainable(unet, accelerator)
     learning_rate = args.learning_rate * (pairs_per_step(args, accelerator) if args.scale_lr else 1)
     optimizer = make_optimizer(parameters, learning_rate, args)
-    lr_scheduler = get_scheduler(
+    lr_scheduler = diffusers.optimization.get_scheduler(
         args.lr_scheduler,
         optimizer,
         num_warmup_steps=args.lr_warmup_steps,
@@ -1072,7 +1051,7 @@ def prepare_training(unet, checkpoint: Path | None, args: argparse.Namespace, ac
     accelerator.register_for_checkpointing(lr_scheduler)  # not prepared: accelerate would step it once per process
     ema = None
     if args.use_ema:
-        ema = EMAModel(trainable(unet, accelerator), decay=args.ema_decay, use_ema_warmup=True, power=0.75)
+        ema = diffusers.EMAModel(trainable(unet, accelerator), decay=args.ema_decay, use_ema_warmup=True, power=0.75)
         accelerator.register_for_checkpointing(ema)
     weights = sum(p.nbytes for p in (parameters if args.use_lora else unwrap(unet, accelerator).parameters()))
     states = sum(p.numel() for p in parameters) * (STATE_BYTES[args.optimizer] + 4 * args.use_ema)
@@ -1153,19 +1132,13 @@ FREE_SETTINGS = frozenset(
 )
 
 
-def describe_run(args: argparse.Namespace, accelerator: Accelerator) -> dict:
-    """What must not change when a run goes on."""
-    run = {f"--{name}": value for name, value in sorted(vars(args).items()) if name not in FREE_SETTINGS}
-    run["pairs in a step"] = pairs_per_step(args, accelerator)
-    kind, processes = accelerator.distributed_type.value, accelerator.num_processes
-    return run | {"a run of": f"{kind} with {processes}" if kind in SHARDED else "replicas"}
-
-
 def check_resumption(checkpoint: Path | None, now: dict) -> None:  # twin
     """Ends the run with one line where it can't go on as the checkpoint's run would have."""
-    then = {} if checkpoint is None else json.loads((checkpoint / "state.json").read_text())["run"]
+    if checkpoint is None:
+        return
+    then = json.loads((checkpoint / "state.json").read_text())["run"]
     for name, value in now.items():
-        if then and then.get(name) != value:
+        if then.get(name) != value:
             fail(
                 f"{name} {value}: {checkpoint.name} was trained with {then.get(name)}; go on as before, or start anew "
                 "in another --output_dir"
@@ -1282,7 +1255,7 @@ class MetricsLog:
 
     def write(self, record: dict[str, float]) -> None:
         # JSON has no NaN and no infinity: null.
-        record = {k: v if v is None or math.isfinite(v) else None for k, v in record.items()}
+        record = {k: v if math.isfinite(v) else None for k, v in record.items()}
         self.history.append(record)
         if self.accelerator.is_main_process:
             with open(self.path, "a") as file:
@@ -1297,13 +1270,11 @@ class MetricsLog:
 
 def plot_curves(history: list[dict], path: Path) -> None:
     """The curves by which a run is judged, with those of the held-out pairs where there are any."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
+    from matplotlib.figure import Figure
     from matplotlib.ticker import MaxNLocator
 
-    figure, axes = plt.subplots(2, 3, figsize=(14, 6), layout="constrained")
+    figure = Figure(figsize=(14, 6), layout="constrained")
+    axes = figure.subplots(2, 3)
     for axis, name in zip(axes.flat, ("loss", "margin", "accuracy", "margin_weight", "mse_w", "mse_l")):
         axis.set(title=name, xlabel="step")
         axis.xaxis.set_major_locator(MaxNLocator(integer=True))
@@ -1320,7 +1291,6 @@ def plot_curves(history: list[dict], path: Path) -> None:
     if len(axes.flat[1].get_lines()) > 1:
         axes.flat[1].legend()
     save_aside(path, lambda path: figure.savefig(path, dpi=100))
-    plt.close(figure)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -1342,21 +1312,22 @@ def averaged(training: Training, accelerator: Accelerator):
 
 @torch.no_grad()
 @torch.compiler.set_stance("force_eager")  # not worth compiling for
-def measure_held_out(unet, dataset: EncodedPairs, noise_scheduler, args, accelerator: Accelerator) -> dict:
+def measure_held_out(training: Training, dataset, noise_scheduler, args, accelerator: Accelerator) -> dict:
     """Means over the held-out pairs, whose noise and timesteps are the same each time."""
     count, size = len(dataset.pairs), args.train_batch_size
     # As many calls in every process: a sharded model can be called by all of them together only.
     rows = -(-count // accelerator.num_processes)
     mine = (np.arange(rows) * accelerator.num_processes + accelerator.process_index) % count
-    model, found = unwrap(unet, accelerator).eval(), []
-    for chunk in np.split(mine, range(size, rows, size)):
-        batch = torch.utils.data.default_collate([dataset[int(i)] for i in chunk])
-        batch["position"] += 2**61  # a position of no training pair
-        _, metrics = training_step(model, batch, noise_scheduler, args, accelerator.device)
-        values = torch.stack([metrics[name] for name in ("mse_w", "mse_l", "margin", "accuracy")], dim=1)
-        found += zip(chunk.tolist(), values.tolist())
+    model, measured = unwrap(training.unet, accelerator).eval(), []
+    with averaged(training, accelerator):
+        for chunk in np.split(mine, range(size, rows, size)):
+            batch = torch.utils.data.default_collate([dataset[int(i)] for i in chunk])
+            batch["position"] += 2**61  # a position of no training pair
+            _, metrics = training_step(model, batch, noise_scheduler, args, accelerator.device)
+            values = torch.stack([metrics[name] for name in ("mse_w", "mse_l", "margin", "accuracy")], dim=1)
+            measured += zip(chunk.tolist(), values.tolist())
     model.train()
-    means = np.mean([values for _, values in sorted(dict(gather_object(found)).items())], axis=0)
+    means = np.mean([values for _, values in sorted(dict(gather_object(measured)).items())], axis=0)
     return dict(zip(("val_mse_w", "val_mse_l", "val_margin", "val_accuracy"), means.tolist()))
 
 
@@ -1427,8 +1398,6 @@ def find_font(text: str) -> str:  # twin
 
 def make_grid(prompts: list[str], before: list[Image.Image], after: list[Image.Image]) -> Image.Image:
     """Each prompt with its two images under it, base on the left, tuned on the right; at most 12 prompts."""
-    import textwrap
-
     side = max(128, min(384, before[0].width))
     count, head = min(12, len(prompts)), 42
     columns = min(4, count)
@@ -1448,25 +1417,25 @@ def make_grid(prompts: list[str], before: list[Image.Image], after: list[Image.I
     return grid
 
 
-def show_images(step: int, training, data: Data, pipeline, before: list, args, accelerator: Accelerator) -> None:
+def show_images(step: int, training: Training, data: Data, args, accelerator: Accelerator) -> None:
     """A grid of the prompts' images before training and now, in the output folder and the trackers.
 
-    Those before are generated when they are first shown, and kept in `before`, so that training needn't wait for them:
-    with the LoRA switched off, or by a UNet that is loaded anew. No gradients are held then: memory has no new peak.
+    Those before training are generated when they are first shown, so that training needn't wait for them: with the
+    LoRA switched off, or by a UNet that is loaded anew. No gradients are held then: memory has no new peak.
     """
-    model, sampling = unwrap(training.unet, accelerator), (pipeline, data.prompt_embeddings, args, accelerator)
+    model, sampling = unwrap(training.unet, accelerator), (data.pipeline, data.prompt_embeddings, args, accelerator)
     with averaged(training, accelerator):
         after = generate_images(model, *sampling)
-    if not before:
-        if args.use_lora:
-            model.disable_adapters()
-        base = model if args.use_lora else load_unet(args, accelerator)[0].to(accelerator.device)
-        before += generate_images(base, *sampling)
-        if args.use_lora:
-            model.enable_adapters()
+    if not data.images_before and args.use_lora:
+        model.disable_adapters()
+        data.images_before.extend(generate_images(model, *sampling))
+        model.enable_adapters()
+    elif not data.images_before:
+        base = load_unet(args, accelerator)[0].to(accelerator.device)
+        data.images_before.extend(generate_images(base, *sampling))
     if not accelerator.is_main_process:
         return
-    grid = make_grid(data.prompts, before, after)
+    grid = make_grid(data.prompts, data.images_before, after)
     path = Path(args.output_dir) / ("before_after.png" if step == args.max_train_steps else f"validation/{step}.png")
     path.parent.mkdir(exist_ok=True)
     save_aside(path, grid.save)
@@ -1497,46 +1466,38 @@ def convert_to_kohya(layers: dict[str, torch.Tensor], alpha: float) -> dict[str,
 
 def save_weights(unet, args: argparse.Namespace, accelerator: Accelerator) -> None:
     """The LoRA, or the whole pipeline, in diffusers' format. Called by every process: a sharded model is gathered."""
-    from diffusers import StableDiffusionXLPipeline
-
-    state, output_dir = accelerator.get_state_dict(unet, unwrap=True), Path(args.output_dir)
-    state = {name.replace("_orig_mod.", ""): tensor for name, tensor in state.items()}
-    if not accelerator.is_main_process:
-        return
-    if not args.use_lora:
-        return save_pipeline(state, args)
     from peft import get_peft_model_state_dict
 
     from diffusers.training_utils import _collate_lora_metadata
 
-    model = unwrap(unet, accelerator)
-    layers = get_peft_model_state_dict(model, state)
-    StableDiffusionXLPipeline.save_lora_weights(output_dir, layers, **_collate_lora_metadata({"unet": model}))
-    if args.output_kohya_format:
-        layers = {f"unet.{name}": layer for name, layer in layers.items()}
-        converted = convert_to_kohya(layers, args.lora_alpha or args.rank)
-        save_aside(output_dir / "pytorch_lora_weights_kohya.safetensors", lambda path: save_file(converted, path))
+    model, output_dir = unwrap(unet, accelerator), Path(args.output_dir)
+    state = accelerator.get_state_dict(unet, unwrap=True)
+    state = {name.replace("_orig_mod.", ""): tensor for name, tensor in state.items()}
+    if not accelerator.is_main_process:
+        return
+    if args.use_lora:
+        layers = get_peft_model_state_dict(model, state)
+        metadata = _collate_lora_metadata({"unet": model})
+        diffusers.StableDiffusionXLPipeline.save_lora_weights(output_dir, layers, **metadata)
+        if args.output_kohya_format:
+            layers = {f"unet.{name}": layer for name, layer in layers.items()}
+            converted = convert_to_kohya(layers, args.lora_alpha or args.rank)
+            save_aside(output_dir / "pytorch_lora_weights_kohya.safetensors", lambda path: save_file(converted, path))
+        return
 
-
-def save_pipeline(state: dict[str, torch.Tensor], args: argparse.Namespace) -> None:
-    """The UNet as it was trained, in fp32 but for --optimizer adamw_bf16: at 1e-7 an update is lost in fewer bits."""
-    from diffusers import UNet2DConditionModel
-
-    config = UNet2DConditionModel.load_config(
-        args.pretrained_model_name_or_path, subfolder="unet", revision=args.revision, cache_dir=args.cache_dir
-    )
     with torch.device("meta"):  # its own weights would be random numbers
-        unet = UNet2DConditionModel.from_config(config)
-    unet.load_state_dict(state, assign=True)
+        whole = diffusers.UNet2DConditionModel.from_config(model.config)
+    whole.load_state_dict(state, assign=True)
+    # By default as it was trained: at a learning rate of 1e-7 an update is lost in fewer bits than fp32's.
     dtype = {"fp32": torch.float32, **HALF_DTYPES}.get(args.save_dtype)
     pipeline = load_pipeline(args, dtype or torch.float32)
-    pipeline.register_modules(unet=unet)
+    pipeline.register_modules(unet=whole)
     if dtype is not None:
         pipeline.to(dtype=dtype)
-    aside = Path(args.output_dir) / "tmp-pipeline"
+    aside = output_dir / "tmp-pipeline"
     pipeline.save_pretrained(aside)
     for path in sorted(aside.iterdir()):
-        target = Path(args.output_dir) / path.name
+        target = output_dir / path.name
         if target.is_dir():
             shutil.rmtree(target)
         os.replace(path, target)
@@ -1550,18 +1511,10 @@ def save_results(prompts: list[str], history: list[dict], args: argparse.Namespa
     if args.demo and not args.skip_final_inference:
         from demo.report import preference_report
 
-        from diffusers import StableDiffusionXLPipeline
-
-        base = args.pretrained_model_name_or_path if args.use_lora else args.output_dir
-        pipeline = StableDiffusionXLPipeline.from_pretrained(base, dtype=torch.float32, add_watermarker=False)
-        if args.use_lora:
-            pipeline.load_lora_weights(args.output_dir, weight_name="pytorch_lora_weights.safetensors")
-        report = preference_report(pipeline)
+        report = preference_report(args.output_dir, args.pretrained_model_name_or_path if args.use_lora else None)
         print(report)
     save_model_card(prompts, report, args)
     if args.push_to_hub:
-        from huggingface_hub import upload_folder
-
         upload_folder(
             repo_id=args.hub_model_id,
             folder_path=args.output_dir,
@@ -1571,10 +1524,6 @@ def save_results(prompts: list[str], history: list[dict], args: argparse.Namespa
 
 
 def save_model_card(prompts: list[str], report: str, args: argparse.Namespace) -> None:
-    from huggingface_hub import ModelCard, ModelCardData
-
-    from diffusers.utils.hub_utils import populate_model_card
-
     base, output_dir, where = args.pretrained_model_name_or_path, Path(args.output_dir), args.hub_model_id
     hidden = ("hub_token", "cache_dir", "output_dir", "resume_from_checkpoint")
     settings = {"beta_mapo": args.beta_mapo} | {n: getattr(args, n) for n in args.changed if n not in hidden}
@@ -1619,7 +1568,7 @@ What differs from the script's defaults:
         widget=[{"text": prompts[0], "output": {"url": shown[0]}}] if "before_after.png" in shown else None,
     )
     tags = ["stable-diffusion-xl", "text-to-image", "diffusers", "mapo", "preference-tuning"]
-    card = populate_model_card(card, [*tags, "lora"] if args.use_lora else tags)
+    card = diffusers.utils.hub_utils.populate_model_card(card, [*tags, "lora"] if args.use_lora else tags)
     save_aside(output_dir / "README.md", card.save)
 
 
@@ -1630,11 +1579,6 @@ What differs from the script's defaults:
 
 def prepare_run(args: argparse.Namespace) -> Accelerator:
     """The accelerator, writable folders, and a quiet console: from libraries only errors, and bars of downloads."""
-    import huggingface_hub
-    import transformers
-
-    import diffusers
-
     accelerator = Accelerator(
         gradient_accumulation_steps=args.gradient_accumulation_steps,
         mixed_precision=args.mixed_precision,
@@ -1690,7 +1634,7 @@ def prepare_sharding(args: argparse.Namespace, accelerator: Accelerator) -> None
         config["train_micro_batch_size_per_gpu"] = args.train_batch_size
         config["gradient_clipping"] = args.max_grad_norm
     elif accelerator.distributed_type == "FSDP":
-        if getattr(args, "use_ema", False):
+        if args.use_ema:
             fail("--use_ema: not with FSDP; see configs/zero2.yaml")
         if accelerator.mixed_precision != "no":
             from torch.distributed.fsdp import MixedPrecisionPolicy
@@ -1714,10 +1658,10 @@ def watch_signals() -> list[str]:  # twin
     return came
 
 
-def train(first_step, training, data, noise_scheduler, pipeline, run, before, log, args, accelerator) -> bool:
+def train(first_step, training, data, noise_scheduler, run, log, args, accelerator) -> bool:
     """All steps from `first_step` on; False where a signal came before the last."""
     unet, optimizer, lr_scheduler, ema = training
-    measuring = (unet, data.held_out, noise_scheduler, args, accelerator)
+    measuring = (training, data.held_out, noise_scheduler, args, accelerator)
     signals, step, pairs_in_step = watch_signals(), first_step, pairs_per_step(args, accelerator)
     patience = args.max_nonfinite_steps + (20 if accelerator.scaler else 0)  # fp16 finds its scale by such steps
     if data.held_out and not log.history:
@@ -1743,16 +1687,15 @@ def train(first_step, training, data, noise_scheduler, pipeline, run, before, lo
         stop = log.end_step(step, grad_norm, lr_scheduler.get_last_lr()[0], bool(signals))
         validate = step % args.validation_steps == 0 or step == args.max_train_steps
         if data.held_out and validate:
-            with averaged(training, accelerator):
-                log.write({"step": step} | measure_held_out(*measuring))
+            log.write({"step": step} | measure_held_out(*measuring))
             warn_of_lost_likelihood(log.history, args)
         if skip and accelerator.distributed_type == "DEEPSPEED":  # it updates before its norm is known
-            fail(f"step {step} isn't finite, and DeepSpeed has made it; resume with a lower --learning_rate")
-        lost = log.skipped_in_a_row >= patience
-        if step % args.checkpointing_steps == 0 or stop or lost:
-            state = run | {"pairs": data.train.fingerprint(step * pairs_in_step)}
+            fail(f"step {step} isn't finite, and DeepSpeed has applied it; resume with a lower --learning_rate")
+        diverged = log.skipped_in_a_row >= patience
+        if step % args.checkpointing_steps == 0 or stop or diverged:
+            state = run | {"pairs": hash_of(data.train.pairs[: step * pairs_in_step])}
             saved = save_checkpoint(step, state, args, accelerator)
-        if lost:
+        if diverged:
             fail(
                 f"{log.skipped_in_a_row} steps in a row had a loss or gradient that isn't finite; {saved} has the "
                 "weights as they were. Try a lower --learning_rate, or bf16 instead of fp16"
@@ -1761,7 +1704,7 @@ def train(first_step, training, data, noise_scheduler, pipeline, run, before, lo
             logger.info(f"{' '.join(signals)}: {saved} is written; go on with --resume_from_checkpoint latest")
             return False
         if args.validation_prompts and validate and step < args.max_train_steps:
-            show_images(step, training, data, pipeline, before, args, accelerator)
+            show_images(step, training, data, args, accelerator)
     return True
 
 
@@ -1783,29 +1726,27 @@ def known_errors_end_in_one_line():  # twin
 @known_errors_end_in_one_line()
 def main(args: argparse.Namespace) -> None:
     if args.demo and os.environ.get("RANK", "0") == "0":
-        print(
-            "Neither --pretrained_model_name_or_path nor --dataset_name is given: training the demo. It keeps the "
-            "winner by a safeguard that the paper doesn't have; --safeguard off is the paper's loss. For SDXL: "
-            "accelerate launch train_diffusion_mapo_sdxl.py --dataset_name YOUR_PAIRS --pretrained_model_name_or_path "
-            "stabilityai/stable-diffusion-xl-base-1.0 --mixed_precision bf16 --gradient_checkpointing --use_8bit_adam"
-        )
+        from demo.settings import PAIRS_NOTE
+
+        print(PAIRS_NOTE)
     started = time.perf_counter()
     accelerator = prepare_run(args)
     prepare_sharding(args, accelerator)
     if args.push_to_hub and accelerator.is_main_process:  # so that a wrong name or token shows now
-        from huggingface_hub import create_repo
-
         name = args.hub_model_id or Path(args.output_dir).resolve().name
         with blame("push_to_hub", name):
             args.hub_model_id = create_repo(name, exist_ok=True, token=args.hub_token).repo_id
-    checkpoint, run = find_checkpoint(args), describe_run(args, accelerator)
+    checkpoint, pairs_in_step = find_checkpoint(args), pairs_per_step(args, accelerator)
+    kind, processes = accelerator.distributed_type, accelerator.num_processes
+    run = {f"--{name}": value for name, value in sorted(vars(args).items()) if name not in FREE_SETTINGS}
+    run |= {"pairs in a step": pairs_in_step}
+    run |= {"a run of": f"{kind.value} with {processes}" if kind in SHARDED else "replicas"}
     check_resumption(checkpoint, run)
 
     source = open_source(args, args.dataset_split_name, args.max_train_samples)
     held_out = None
     if args.validation_split_name and args.num_validation_pairs:
         held_out = open_source(args, args.validation_split_name)
-    pairs_in_step = pairs_per_step(args, accelerator)
     if args.max_train_steps is None:
         if source.length is None:
             fail("--num_train_epochs: a stream's length isn't known; name --max_train_steps")
@@ -1818,21 +1759,21 @@ def main(args: argparse.Namespace) -> None:
     unet, noise_scheduler = load_unet(args, accelerator)
     pipeline = load_pipeline(args, HALF_DTYPES.get(accelerator.mixed_precision, torch.float32))
     data = encode_data(source, held_out, pipeline, args, accelerator)
-    check_resumption(checkpoint, {"pairs": data.train.fingerprint(first_step * pairs_in_step)})
+    check_resumption(checkpoint, {"pairs": hash_of(data.train.pairs[: first_step * pairs_in_step])})
     training = prepare_training(unet.to(accelerator.device), checkpoint, args, accelerator)
     if args.report_to != "none":
         settings = {name: str(value) for name, value in vars(args).items() if name != "hub_token"}
         accelerator.init_trackers("mapo", config=settings)
 
     logger.info(f"First step after {time.perf_counter() - started:.1f} s.")
-    log, before = MetricsLog(first_step, checkpoint, args, accelerator), []
+    log = MetricsLog(first_step, checkpoint, args, accelerator)
     with log.bar:
-        finished = train(first_step, training, data, noise_scheduler, pipeline, run, before, log, args, accelerator)
+        finished = train(first_step, training, data, noise_scheduler, run, log, args, accelerator)
     if finished:
         with averaged(training, accelerator):
             save_weights(training.unet, args, accelerator)
         if not args.skip_final_inference:
-            show_images(args.max_train_steps, training, data, pipeline, before, args, accelerator)
+            show_images(args.max_train_steps, training, data, args, accelerator)
         if accelerator.is_main_process:
             save_results(data.prompts, log.history, args)
             print(f"Done in {time.perf_counter() - started:.0f} s: {args.output_dir}")

@@ -73,14 +73,17 @@ import shutil
 import signal
 import sys
 import tempfile
+import textwrap
 import time
 from datetime import timedelta
 from pathlib import Path
 from typing import NamedTuple
 
+import huggingface_hub
 import numpy as np
 import torch
 import torch.nn.functional as F
+import transformers
 from accelerate import Accelerator
 from accelerate.logging import get_logger
 from accelerate.utils import (
@@ -91,57 +94,23 @@ from accelerate.utils import (
     gather_object,
     set_seed,
 )
-from huggingface_hub import cached_assets_path, create_repo, upload_folder
+from huggingface_hub import ModelCard, ModelCardData, cached_assets_path, create_repo, upload_folder
 from mapo_loss import mapo_loss
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from tqdm.auto import tqdm
 
+import diffusers
+
 
 logger = get_logger(__name__)
 
-DEMO = Path(__file__).resolve().parent / "demo"
-# What the demo trains with; a flag on the command line still counts.
-DEMO_SETTINGS = {
-    "pretrained_model_name_or_path": str(DEMO / "sdxl-tiny-emoji"),
-    "instance_data_dir": str(DEMO / "subject"),
-    "placeholder_token": ["<cat>"],
-    "initializer_token": ["cat"],
-    "output_dir": "mapo-demo-subject",
-    "resolution": 64,
-    "learning_rate": 1e-3,
-    "text_encoder_lr": 1e-3,
-    "max_train_steps": 300,
-    "sample_batch_size": 16,
-    "guidance_scale": 2.0,
-    "validation_prompts": [
-        "<cat> face with tears of joy",
-        "<cat> face with wry smile",
-        "kissing <cat> face with closed eyes",
-        "weary <cat> face",
-        "black <cat>",
-    ],
-}
 OPTIMIZERS = ("adamw", "adamw_8bit", "adafactor", "prodigy")
 SCHEDULES = ("linear", "cosine", "cosine_with_restarts", "polynomial", "constant", "constant_with_warmup")
 # Packages that a choice needs.
-PACKAGES = {"adamw_8bit": "bitsandbytes", "prodigy": "prodigyopt"} | {
-    t: t for t in ("tensorboard", "wandb", "trackio")
-}
-# UNet samples at 1024 px in one pass that a LoRA with --gradient_checkpointing trains on 16 GB.
-SAMPLES_PER_PASS = 8
-# What --mixed_precision computes in; without it, fp32.
-HALF_DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16}
-IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff"}
-# What may change when a run is resumed. The photos may move, but must be the same.
-FREE_SETTINGS = frozenset(
-    "output_dir cache_dir logging_dir instance_data_dir config_name rejected_data_dir demo changed max_train_steps "
-    "num_train_epochs max_nonfinite_steps train_batch_size gradient_accumulation_steps gradient_checkpointing compile "
-    "allow_tf32 enable_xformers_memory_efficient_attention output_kohya_format checkpointing_steps "
-    "checkpoints_total_limit resume_from_checkpoint validation_prompts validation_steps skip_final_inference "
-    "sample_batch_size report_to push_to_hub hub_model_id hub_token use_8bit_adam".split()
-)
+PACKAGES = {"adamw_8bit": "bitsandbytes", "prodigy": "prodigyopt"}
+PACKAGES |= {tracker: tracker for tracker in ("tensorboard", "wandb", "trackio")}
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -208,7 +177,7 @@ def parse_args(input_args: list[str] | None = None) -> argparse.Namespace:
     add("--rank", type=count, default=32, help="Rank of the LoRA.")
     add("--lora_alpha", type=positive, help="The LoRA's scale is alpha / rank. Default: the rank.")
     add("--lora_dropout", type=below_one, default=0.0, help="With it, the result depends on the number of processes.")
-    add("--lora_layers", default="to_k,to_q,to_v,to_out.0", help="sd-scripts reads no conv_in, conv_out, embeddings.")
+    add("--lora_layers", default="to_k,to_q,to_v,to_out.0", help="Its layers; kohya's file has no conv_in, conv_out.")
     add("--train_text_encoder", action="store_true", help="Train a LoRA of both text encoders too.")
     add("--use_dora", action="store_true", help="Weight-decomposed LoRA.")
     add("--output_kohya_format", action="store_true", help="Write the LoRA a second time, for ComfyUI and A1111.")
@@ -219,8 +188,8 @@ def parse_args(input_args: list[str] | None = None) -> argparse.Namespace:
     add("--gradient_accumulation_steps", type=count, default=1, help="Forward passes before each update.")
     add("--num_train_epochs", type=count, help="Passes over the photos, instead of --max_train_steps.")
     add("--max_train_steps", type=count, help="Updates. Default: 2000, or as many as --num_train_epochs takes.")
-    add("--learning_rate", type=positive, help="Of the UNet's LoRA. Default: 5e-5; 1 for prodigy.")
-    add("--text_encoder_lr", type=positive, help="Of tokens and text encoders' LoRA. Default: 5e-6; 1 for prodigy.")
+    add("--learning_rate", type=positive, help="Rate of the UNet's LoRA. Default: 5e-5; 1 for prodigy.")
+    add("--text_encoder_lr", type=positive, help="Rate of tokens and text encoders. Default: 5e-6; 1 for prodigy.")
     add("--scale_lr", action="store_true", help="Multiply both rates by the photos in an update.")
     add("--lr_scheduler", default="constant", choices=SCHEDULES, help="How the rates change.")
     add("--lr_warmup_steps", type=number(int, "[0, inf)"), default=0, help="Updates in which the rates rise from 0.")
@@ -229,11 +198,11 @@ def parse_args(input_args: list[str] | None = None) -> argparse.Namespace:
     add("--optimizer", choices=OPTIMIZERS, default="adamw", help="Optimizer.")
     add("--use_8bit_adam", action="store_true", help="The same as --optimizer adamw_8bit.")
     add("--adam_beta1", type=below_one, default=0.9, help="Decay of the mean of gradients.")
-    add("--adam_beta2", type=below_one, default=0.999, help="Decay of the mean of their squares.")
+    add("--adam_beta2", type=below_one, default=0.999, help="Decay of the mean of squared gradients.")
     add("--adam_weight_decay", type=not_negative, default=1e-4, help="Decoupled weight decay.")
     add("--adam_epsilon", type=positive, default=1e-8, help="Added to Adam's denominator.")
-    add("--max_grad_norm", type=positive, default=1.0, help="Longer gradients are clipped to this norm.")
-    add("--max_nonfinite_steps", type=count, default=10, help="Stop after as many steps in a row that aren't finite.")
+    add("--max_grad_norm", type=positive, default=1.0, help="Norm to which longer gradients are clipped.")
+    add("--max_nonfinite_steps", type=count, default=10, help="Stop after N steps in a row that aren't finite.")
     add("--seed", type=number(int, "[0, 4294967295]"), default=0, help="Seed of everything random.")
 
     # Speed and memory
@@ -241,17 +210,17 @@ def parse_args(input_args: list[str] | None = None) -> argparse.Namespace:
     add("--gradient_checkpointing", action="store_true", help="Less memory for a third more compute.")
     add("--compile", action="store_true", help="Compile the blocks of the UNet.")
     add("--allow_tf32", action="store_true", help="TF32 matrix products on Ampere and later.")
-    add("--enable_xformers_memory_efficient_attention", action="store_true", help="Instead of torch's attention.")
+    add("--enable_xformers_memory_efficient_attention", action="store_true", help="xformers' attention, not torch's.")
 
     # Checkpoints and validation
     add("--output_dir", default="dreambooth-lora-mapo-sdxl", help="Folder of results and checkpoints.")
     add("--checkpointing_steps", type=count, default=500, help="Updates between checkpoints.")
-    add("--checkpoints_total_limit", type=count, default=2, help="Keep only the newest checkpoints, this many.")
+    add("--checkpoints_total_limit", type=count, default=2, help="Keep only the newest N checkpoints.")
     add("--resume_from_checkpoint", help="Folder of a checkpoint, or `latest`.")
     add("--validation_steps", type=count, help="Generate images every N updates too, not only after training.")
     add("--validation_prompts", nargs="+", help="New contexts for the subject, or a .txt file, one a line.")
-    add("--guidance_scale", type=not_negative, default=5.0, help="Of validation and of rejected images.")
-    add("--num_inference_steps", type=count, default=25, help="Of validation and of rejected images.")
+    add("--guidance_scale", type=not_negative, default=5.0, help="Guidance scale of generated images.")
+    add("--num_inference_steps", type=count, default=25, help="Denoising steps of generated images.")
     add("--sample_batch_size", type=count, default=4, help="Images to generate at once.")
     add("--skip_final_inference", action="store_true", help="Generate no images after training.")
 
@@ -267,13 +236,15 @@ def parse_args(input_args: list[str] | None = None) -> argparse.Namespace:
             action.help += " Default: %(default)s."
     defaults, args = vars(parser.parse_args([])), parser.parse_args(input_args)
     demo = args.pretrained_model_name_or_path is None and args.instance_data_dir is None
-    if demo and not DEMO.is_dir():
+    if demo and not (Path(__file__).resolve().parent / "demo").is_dir():
         parser.error(
             "--pretrained_model_name_or_path and --instance_data_dir are needed: an SDXL model such as "
             "stabilityai/stable-diffusion-xl-base-1.0, and photos"
         )
     if demo:
-        parser.set_defaults(**DEMO_SETTINGS)  # what the user did name still counts
+        from demo.settings import SUBJECT
+
+        parser.set_defaults(**SUBJECT)  # what the user did name still counts
         args = parser.parse_args(input_args)
     args.demo, args.changed = demo, sorted(name for name, value in vars(args).items() if value != defaults[name])
     args.uses_rejected = args.loss_type == "mapo" or args.with_prior_preservation
@@ -295,10 +266,11 @@ def check_args(parser: argparse.ArgumentParser, args: argparse.Namespace) -> Non
         if getattr(args, name) in ("", [""]):
             parser.error(f"--{name}: is empty")
     together = (("pretrained_model_name_or_path", "instance_data_dir"), ("placeholder_token", "initializer_token"))
-    for first, second in together:
-        if (getattr(args, first) is None) != (getattr(args, second) is None):
-            given, missing = (second, first) if getattr(args, first) is None else (first, second)
-            parser.error(f"--{given} needs --{missing} too")
+    for names in together:
+        given = [name for name in names if getattr(args, name) is not None]
+        missing = [name for name in names if name not in given]
+        if given and missing:
+            parser.error(f"--{given[0]} needs --{missing[0]} too")
     for names, flag, given in (
         ("beta_mapo snr_value safeguard refresh_rejected_steps", "--loss_type mapo", args.loss_type == "mapo"),
         ("rejected_data_dir", "--loss_type mapo", args.uses_rejected),
@@ -348,7 +320,7 @@ def check_files(parser: argparse.ArgumentParser, args: argparse.Namespace) -> No
     if prompts is not None and not all(prompts and [prompt.strip() for prompt in prompts]):
         parser.error("--validation_prompts: a prompt is empty")
     output_dir = Path(args.output_dir).resolve()
-    read = (args.pretrained_model_name_or_path, args.instance_data_dir, DEMO.parent)
+    read = (args.pretrained_model_name_or_path, args.instance_data_dir, Path(__file__).parent)
     if output_dir in [Path(source).resolve() for source in read if source is not None]:
         parser.error(f"--output_dir {output_dir}: holds what the run reads; name another folder")
     if args.resume_from_checkpoint is None:  # the demo may be run again
@@ -377,37 +349,22 @@ def blame(flag: str, value: str):  # twin
         fail(f"--{flag} {value}: {cause}")
 
 
-@contextlib.contextmanager
-def known_errors_end_in_one_line():  # twin
-    try:
-        yield
-    except KeyboardInterrupt:
-        fail(
-            "interrupted; the same command goes on with what is encoded, --resume_from_checkpoint latest with the rest"
-        )
-    except (OSError, SafetensorError) as error:
-        fail(
-            f"{str(error).strip().splitlines()[0]}; where the disk of --output_dir or --cache_dir is full, make room, "
-            "then go on with --resume_from_checkpoint latest"
-        )
-
-
 # ---------------------------------------------------------------------------------------------------------------------
 # Models
 # ---------------------------------------------------------------------------------------------------------------------
 
 
+# What --mixed_precision computes in; without it, fp32.
+HALF_DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16}
+
+
 def check_tokens(photos: list, args: argparse.Namespace) -> None:
     """Ends the run where a new token exists already or an initializer isn't one token; loads the tokenizers only."""
-    from transformers import CLIPTokenizer
-
-    from diffusers import StableDiffusionXLPipeline
-
     name, hub = args.pretrained_model_name_or_path, {"revision": args.revision, "cache_dir": args.cache_dir}
     with blame("pretrained_model_name_or_path", name):
-        StableDiffusionXLPipeline.load_config(name, **hub)  # a missing model's tokenizers may load, and be empty
+        diffusers.DiffusionPipeline.load_config(name, **hub)  # a missing model's tokenizers may load, and be empty
         parts = ("tokenizer", "tokenizer_2")
-        tokenizers = {part: CLIPTokenizer.from_pretrained(name, subfolder=part, **hub) for part in parts}
+        tokenizers = {part: transformers.CLIPTokenizer.from_pretrained(name, subfolder=part, **hub) for part in parts}
     tokens = args.placeholder_token or []
     for part, tokenizer in tokenizers.items():
         for token in tokens:
@@ -427,18 +384,17 @@ def check_tokens(photos: list, args: argparse.Namespace) -> None:
 
 def load_models(args: argparse.Namespace, accelerator: Accelerator) -> tuple:
     """The model with all that is trained, and the noise scheduler, whose prediction type decides what it predicts."""
-    from diffusers import AutoencoderKL, DDPMScheduler, StableDiffusionXLPipeline
-
     options = {"revision": args.revision, "variant": args.variant, "cache_dir": args.cache_dir}
     if (vae_name := args.pretrained_vae_model_name_or_path) is not None:
         with blame("pretrained_vae_model_name_or_path", vae_name):
-            options["vae"] = AutoencoderKL.from_pretrained(vae_name, cache_dir=args.cache_dir, dtype=torch.float32)
+            fp32 = {"cache_dir": args.cache_dir, "dtype": torch.float32}
+            options["vae"] = diffusers.AutoencoderKL.from_pretrained(vae_name, **fp32)
     # The frozen weights may be as short as the computation; not the VAE's, as SDXL's own overflows in fp16.
     options["dtype"] = {"vae": torch.float32, "default": HALF_DTYPES.get(accelerator.mixed_precision, torch.float32)}
     name = args.pretrained_model_name_or_path
     with blame("pretrained_model_name_or_path", name):
-        pipeline = StableDiffusionXLPipeline.from_pretrained(name, add_watermarker=False, **options)
-    noise_scheduler = DDPMScheduler.from_config(pipeline.scheduler.config)
+        pipeline = diffusers.StableDiffusionXLPipeline.from_pretrained(name, add_watermarker=False, **options)
+    noise_scheduler = diffusers.DDPMScheduler.from_config(pipeline.scheduler.config)
     if noise_scheduler.config.prediction_type not in ("epsilon", "v_prediction"):
         fail(f"{name}: it predicts {noise_scheduler.config.prediction_type}; needs epsilon or v_prediction")
     pipeline.set_progress_bar_config(disable=True)
@@ -557,6 +513,9 @@ class TokenEmbedding(torch.nn.Module):
 # ---------------------------------------------------------------------------------------------------------------------
 
 
+IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff"}
+
+
 class Photo(NamedTuple):
     name: str
     image: Image.Image
@@ -605,9 +564,9 @@ def list_folder(path: Path, args: argparse.Namespace) -> list[tuple]:
     elif (path / "metadata.jsonl").is_file():
         captions = {}
         for i, line in enumerate((path / "metadata.jsonl").read_text(encoding="utf-8-sig").splitlines(), 1):
-            with blame("instance_data_dir", f"{path}/metadata.jsonl, line {i}: needs file_name and text"):
-                row = json.loads(line) if line.strip() else None
-                if row is not None:
+            if line.strip():
+                with blame("instance_data_dir", f"{path}/metadata.jsonl, line {i}: needs file_name and text"):
+                    row = json.loads(line)
                     captions[path / row["file_name"]] = row["text"]
         files = list(captions)
     else:
@@ -707,18 +666,10 @@ def generate_rejected(step: int, photos: list[Photo], model, args, accelerator: 
     pipeline = accelerator.unwrap_model(model).pipeline
     if step == 0:
         captions = [photo.base_caption for photo in photos]
-        made_by = [
-            accelerator.unwrap_model(model).fingerprint,
-            dict(pipeline.scheduler.config),
-            accelerator.mixed_precision,
-        ]
-        made_by += [
-            args.pretrained_vae_model_name_or_path,
-            args.resolution,
-            args.guidance_scale,
-            args.num_inference_steps,
-        ]
-        name = hash_of(*made_by, args.seed, [photo.name for photo in photos], captions)
+        made_by = (accelerator.unwrap_model(model).fingerprint, dict(pipeline.scheduler.config))
+        made_by += (accelerator.mixed_precision, args.pretrained_vae_model_name_or_path, args.resolution)
+        made_by += (args.guidance_scale, args.num_inference_steps, args.seed)
+        name = hash_of(*made_by, [photo.name for photo in photos], captions)
         folder = cached_assets_path("mapo", f"rejected-{name}", assets_dir=args.cache_dir)
         pipeline.disable_lora()
     else:
@@ -914,9 +865,7 @@ def make_optimizer(model: PersonalizedModel, scale: float, args: argparse.Namesp
 
         return bitsandbytes.optim.AdamW8bit(groups, **options)
     if args.optimizer == "adafactor":
-        from transformers.optimization import Adafactor
-
-        return Adafactor(groups, **decay, scale_parameter=False, relative_step=False)
+        return transformers.Adafactor(groups, **decay, scale_parameter=False, relative_step=False)
     if args.optimizer == "prodigy":
         from prodigyopt import Prodigy
 
@@ -957,11 +906,23 @@ def find_checkpoint(args: argparse.Namespace) -> Path | None:  # twin
     return checkpoints[-1] if checkpoints else None
 
 
+# What may change when a run is resumed. The photos may move, but must be the same.
+FREE_SETTINGS = frozenset(
+    "output_dir cache_dir logging_dir instance_data_dir config_name rejected_data_dir demo changed max_train_steps "
+    "num_train_epochs max_nonfinite_steps train_batch_size gradient_accumulation_steps gradient_checkpointing compile "
+    "allow_tf32 enable_xformers_memory_efficient_attention output_kohya_format checkpointing_steps "
+    "checkpoints_total_limit resume_from_checkpoint validation_prompts validation_steps skip_final_inference "
+    "sample_batch_size report_to push_to_hub hub_model_id hub_token use_8bit_adam".split()
+)
+
+
 def check_resumption(checkpoint: Path | None, now: dict) -> None:  # twin
     """Ends the run with one line where it can't go on as the checkpoint's run would have."""
-    then = {} if checkpoint is None else json.loads((checkpoint / "state.json").read_text())["run"]
+    if checkpoint is None:
+        return
+    then = json.loads((checkpoint / "state.json").read_text())["run"]
     for name, value in now.items():
-        if then and then.get(name) != value:
+        if then.get(name) != value:
             fail(
                 f"{name} {value}: {checkpoint.name} was trained with {then.get(name)}; go on as before, or start anew "
                 "in another --output_dir"
@@ -1072,15 +1033,13 @@ class MetricsLog:
 
 def plot_curves(history: list[dict], path: Path) -> None:
     """What the loss is made of, over the steps."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
+    from matplotlib.figure import Figure
     from matplotlib.ticker import MaxNLocator
 
     names = ("loss", "mse_w", "mse_l", "mse_ref", "mse_prior", "margin", "margin_weight", "accuracy", "grad_norm")
     names = [name for name in names if name in history[0]][:8]
-    figure, axes = plt.subplots(2, 4, figsize=(18, 6), layout="constrained")
+    figure = Figure(figsize=(18, 6), layout="constrained")
+    axes = figure.subplots(2, 4)
     for axis, name in zip(axes.flat, names):
         steps, values = np.array([(r["step"], r[name]) for r in history if r[name] is not None] or [(0, 0)]).T
         window = max(1, len(steps) // 20)
@@ -1094,7 +1053,6 @@ def plot_curves(history: list[dict], path: Path) -> None:
     for axis in axes.flat[len(names) :]:
         axis.set_axis_off()
     save_aside(path, lambda path: figure.savefig(path, dpi=100))
-    plt.close(figure)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -1147,8 +1105,6 @@ def find_font(text: str) -> str:  # twin
 
 def make_grid(rows: list[tuple[str, list[str], list[Image.Image]]]) -> Image.Image:
     """Rows of images, each with a title on the left and its captions above the images; at most 6 in a row."""
-    import textwrap
-
     file = find_font("".join(caption for _, captions, _ in rows for caption in captions))
     small, large = ImageFont.truetype(file, 11), ImageFont.truetype(file, 13)
     side = max(128, min(384, max(image.width for _, _, images in rows for image in images)))
@@ -1220,7 +1176,6 @@ def save_weights(model, args: argparse.Namespace) -> None:
     """LoRA and rows of tokens, in the files that diffusers' loaders read."""
     from peft import get_peft_model_state_dict
 
-    from diffusers import StableDiffusionXLPipeline
     from diffusers.training_utils import _collate_lora_metadata
 
     output_dir, layers = Path(args.output_dir), {}
@@ -1229,14 +1184,11 @@ def save_weights(model, args: argparse.Namespace) -> None:
         prefix = "text_model." if part == "text_encoder" and not hasattr(module, "text_model") else ""
         layers[part] = {f"{prefix}{name}": layer for name, layer in get_peft_model_state_dict(module).items()}
     # PEFT's names: diffusers' older ones do not exist for all layers, and its loader drops one kind of a mixed file.
-    StableDiffusionXLPipeline.save_lora_weights(
-        output_dir / "tmp-lora",
+    diffusers.StableDiffusionXLPipeline.save_lora_weights(
+        output_dir,
         **{f"{part}_lora_layers": named for part, named in layers.items()},
         **_collate_lora_metadata(model.adapted),
     )
-    name = "pytorch_lora_weights.safetensors"
-    os.replace(output_dir / "tmp-lora" / name, output_dir / name)
-    (output_dir / "tmp-lora").rmdir()
     if args.output_kohya_format:
         named = {f"{part}.{name}": layer for part, found in layers.items() for name, layer in found.items()}
         named = convert_to_kohya(named, args.lora_alpha or args.rank)
@@ -1262,10 +1214,6 @@ def convert_to_kohya(layers: dict[str, torch.Tensor], alpha: float) -> dict[str,
 def save_model_card(prompt: str, images: list[Image.Image], report: str, args: argparse.Namespace) -> str:
     """README.md, with the images of the new contexts for the hub's gallery; returns its code, which loads the results
     and generates an image of the prompt."""
-    from huggingface_hub import ModelCard, ModelCardData
-
-    from diffusers.utils.hub_utils import populate_model_card
-
     base, output_dir, tokens = args.pretrained_model_name_or_path, Path(args.output_dir), args.placeholder_token
     where = args.hub_model_id or args.output_dir
     usage = ["import torch", "from diffusers import StableDiffusionXLPipeline"]
@@ -1312,7 +1260,7 @@ A LoRA of SDXL{" and a new token" if tokens else ""}, trained on a few photos wi
         widget=[{"text": text, "output": {"url": f"image_{i}.png"}} for text, i in shown] or None,
     )
     tags = ["stable-diffusion-xl", "text-to-image", "diffusers", "mapo", "lora", "dreambooth"]
-    populate_model_card(card, [*tags, "textual-inversion"] if tokens else tags)
+    diffusers.utils.hub_utils.populate_model_card(card, [*tags, "textual-inversion"] if tokens else tags)
     save_aside(output_dir / "README.md", card.save)
     return usage
 
@@ -1353,11 +1301,6 @@ def save_results(model, history: list[dict], photos: list[Photo], rejected, befo
 
 def prepare_run(args: argparse.Namespace) -> Accelerator:
     """The accelerator, writable folders, and a quiet console: from libraries only errors, and bars of downloads."""
-    import huggingface_hub
-    import transformers
-
-    import diffusers
-
     accelerator = Accelerator(
         mixed_precision=args.mixed_precision,
         log_with=None if args.report_to == "none" else args.report_to,
@@ -1409,6 +1352,10 @@ def prepare_run(args: argparse.Namespace) -> Accelerator:
     return accelerator
 
 
+# UNet samples at 1024 px in one pass that a LoRA with --gradient_checkpointing trains on 16 GB.
+SAMPLES_PER_PASS = 8
+
+
 def split_photos(count: int, args: argparse.Namespace, accelerator: Accelerator) -> int:
     """Photos per step in this process. Fills in --train_batch_size, photos per pass: by default the whole set is one
     step, in passes that a GPU of 16 GB has room for."""
@@ -1434,18 +1381,28 @@ def watch_signals() -> list[str]:  # twin
     return came
 
 
+@contextlib.contextmanager
+def known_errors_end_in_one_line():  # twin
+    try:
+        yield
+    except KeyboardInterrupt:
+        fail(
+            "interrupted; the same command goes on with what is encoded, --resume_from_checkpoint latest with the rest"
+        )
+    except (OSError, SafetensorError) as error:
+        fail(
+            f"{str(error).strip().splitlines()[0]}; where the disk of --output_dir or --cache_dir is full, make room, "
+            "then go on with --resume_from_checkpoint latest"
+        )
+
+
 @known_errors_end_in_one_line()
 def main(args: argparse.Namespace) -> None:
-    from diffusers.optimization import get_scheduler
-
     started = time.perf_counter()
     if args.demo and os.environ.get("RANK", "0") == "0":
-        print(
-            "Neither --pretrained_model_name_or_path nor --instance_data_dir is given: training the demo. For SDXL: "
-            "accelerate launch train_dreambooth_lora_mapo_sdxl.py --instance_data_dir YOUR_PHOTOS "
-            "--placeholder_token '<dog>' --initializer_token dog --pretrained_model_name_or_path "
-            "stabilityai/stable-diffusion-xl-base-1.0 --mixed_precision bf16 --gradient_checkpointing"
-        )
+        from demo.settings import SUBJECT_NOTE
+
+        print(SUBJECT_NOTE)
     accelerator = prepare_run(args)
     photos = load_photos(args)
     rejected = find_rejected(photos, args) if args.rejected_data_dir else []
@@ -1473,7 +1430,7 @@ def main(args: argparse.Namespace) -> None:
     vae = model.pipeline.vae
     dataset.encode(rejected, vae, accelerator.device)
     optimizer = make_optimizer(model, photos_in_all if args.scale_lr else 1, args)
-    lr_scheduler = get_scheduler(
+    lr_scheduler = diffusers.optimization.get_scheduler(
         args.lr_scheduler,
         optimizer,
         num_warmup_steps=args.lr_warmup_steps,
@@ -1505,10 +1462,10 @@ def main(args: argparse.Namespace) -> None:
         if args.refresh_rejected_steps and step % args.refresh_rejected_steps == 0 and step < args.max_train_steps:
             rejected = generate_rejected(step, photos, model, args, accelerator)
             dataset.encode(rejected, vae, accelerator.device)
-        lost = log.skipped_in_a_row >= patience
-        if step % args.checkpointing_steps == 0 or stop or lost:
+        diverged = log.skipped_in_a_row >= patience
+        if step % args.checkpointing_steps == 0 or stop or diverged:
             saved = save_checkpoint(step, run, args, accelerator)
-        if lost:
+        if diverged:
             fail(
                 f"{log.skipped_in_a_row} steps in a row had a loss or gradient that isn't finite; {saved} has the "
                 "weights as they were. Try a lower --learning_rate, or bf16 instead of fp16"

@@ -72,9 +72,9 @@ def make_model(folder: Path) -> None:
     from diffusers import AutoencoderKL
 
     sys.path.insert(0, str(HERE.parent))
-    from train_diffusion_mapo_sdxl import DEMO_SETTINGS
+    from demo.settings import PAIRS
 
-    shutil.copytree(DEMO_SETTINGS["pretrained_model_name_or_path"], folder)
+    shutil.copytree(PAIRS["pretrained_model_name_or_path"], folder)
     kinds = {"down_block_types": ["DownEncoderBlock2D"] * 4, "up_block_types": ["UpDecoderBlock2D"] * 4}
     shutil.rmtree(folder / "vae")
     AutoencoderKL(block_out_channels=[8] * 4, norm_num_groups=8, **kinds).save_pretrained(folder / "vae")

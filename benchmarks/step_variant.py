@@ -49,7 +49,7 @@ from mapo_loss import MaPOLoss  # noqa: E402
 # Folders in diffusers' format. SDXL's has no weights and no tokenizer: cost doesn't depend on the former, and the
 # demo's tokenizer fills SDXL's 77 places as well as its own does.
 CASES = {
-    "demo": {"folder": Path(script.DEMO_SETTINGS["pretrained_model_name_or_path"]), "resolution": 64, "batch": 16},
+    "demo": {"folder": HERE.parent / "demo" / "sdxl-tiny-emoji", "resolution": 64, "batch": 16},
     "sdxl-512": {"folder": HERE / "sdxl", "resolution": 512, "batch": 4},
     "sdxl-1024": {"folder": HERE / "sdxl", "resolution": 1024, "batch": 4},
 }

@@ -369,8 +369,9 @@ def make_tokenizers(captions: list[str], work_dir: Path) -> tuple:
 
 def make_base(tokenizers: tuple) -> torch.nn.ModuleDict:
     """Text encoders and UNet with the parts that SDXL has, in SDXL's order, at 1/200 of its size."""
-    from diffusers import UNet2DConditionModel
     from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
+
+    from diffusers import UNet2DConditionModel
 
     vocabulary = len(tokenizers[0])
     common = dict(

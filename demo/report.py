@@ -15,7 +15,7 @@
 What the demo's two runs say about their result, measured on images that the finished pipeline generates.
 
     from demo.report import preference_report, subject_report
-    print(preference_report(pipeline))
+    print(preference_report("mapo-demo"))
 
 A judge alone can be pleased by a texture, so each report has figures beside it that a texture can't raise: what is the
 nearest of all foundries' drawings, how far is it, is the ground still white.
@@ -125,8 +125,18 @@ def change(row: tuple[str, str, str], before: dict, after: dict, ideal: dict | N
     return f"  {form.format(before[name]):>6} -> {form.format(after[name]):>6}{aim}  {text}"
 
 
-def preference_report(pipeline) -> str:
-    """What the run on the demo's pairs changed: the base was measured the same way by build_demo.py."""
+def preference_report(output_dir: str, base: str | None = None) -> str:
+    """What the run on the demo's pairs changed: the base was measured the same way by build_demo.py.
+
+    Args:
+        output_dir: the run's, with a pipeline or a LoRA of `base`.
+    """
+    from diffusers import StableDiffusionXLPipeline
+
+    options = {"dtype": torch.float32, "add_watermarker": False}
+    pipeline = StableDiffusionXLPipeline.from_pretrained(base or output_dir, **options)
+    if base is not None:
+        pipeline.load_lora_weights(output_dir, weight_name="pytorch_lora_weights.safetensors")
     captions = held_out_captions()
     figures = json.loads((DEMO / "figures.json").read_text())
     before, after = figures["base_on_held_out_captions"], measure(generate(pipeline, captions), captions)

@@ -1211,17 +1211,16 @@ def test_names_that_need_another_font_are_drawn_in_one_that_has_them(caplog):
 
 def test_curves_of_a_short_run_have_whole_steps(tmp_path):
     import train_diffusion_mapo_sdxl as script
-    from matplotlib import pyplot
+    from matplotlib.figure import Figure
 
     names = ("loss", "margin", "accuracy", "margin_weight", "mse_w", "mse_l")
     history = [{"step": step, **dict.fromkeys(names, 0.5)} for step in (1, 2)]
-    figures, close = [], pyplot.close
+    figures = []
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(pyplot, "close", figures.append)
+        patch.setattr(Figure, "savefig", lambda figure, path, dpi: figures.append(figure) or path.touch())
         script.plot_curves(history, tmp_path / "curves.png")
     for axis in figures[0].axes:
         assert all(tick == int(tick) for tick in axis.get_xticks()) and axis.get_legend() is None
-    close(figures[0])
 
 
 def test_the_scripts_start_where_linux_has_more_than_others(train, monkeypatch):
@@ -1319,4 +1318,4 @@ def test_help_says_what_each_flag_does(capsys):
         script.parse_args(["--help"])
     said = " ".join(capsys.readouterr().out.split())
     assert "--lora_dropout" in said and "With it, the result depends on the number of processes. Default: 0.0." in said
-    assert "Keep only the newest checkpoints, this many. Default: 2." in said
+    assert "Keep only the newest N checkpoints. Default: 2." in said

@@ -270,10 +270,10 @@ def test_captions_with_accents_are_no_boxes(script):
 
 def test_the_curves_of_a_short_run_have_whole_steps_and_no_mean_of_one(script, tmp_path, monkeypatch):
     """12.22"""
-    from matplotlib import pyplot as plt
+    from matplotlib.figure import Figure
 
     kept = []
-    monkeypatch.setattr(plt, "close", kept.append)
+    monkeypatch.setattr(Figure, "savefig", lambda figure, path, dpi: kept.append(figure) or path.touch())
     script.plot_curves([{"step": i, "loss": 1 / i, "grad_norm": None} for i in (1, 2)], tmp_path / "curves.png")
     axis, norm = kept[0].axes[:2]
     assert axis.get_title() == "loss" and norm.get_title() == "grad_norm" and axis.get_legend() is None
