@@ -24,7 +24,7 @@ Stages, each skipped when its result is in `--work_dir`, each going on from its 
 2. vae       AutoencoderKL, 64 px -> 4 x 16 x 16, on all drawings but OpenMoji's of held-out captions
 3. base      two CLIP text encoders and the UNet from scratch, epsilon prediction, on the same drawings.
              In half of the training the caption ends in the style's name ("rabbit face, openmoji style"); without it
-             the style is random, OpenMoji's in one case of ten
+             the style is random, OpenMoji's in one case of seven
 4. judge     names the foundry (style_judge.py); learns from drawings and from the base's images of a named style
 5. pairs     parquet files in Pick-a-Pic's columns, sides shuffled
 6. figures   how good VAE, base and judge are -> figures.json, samples.png
@@ -83,7 +83,7 @@ SHOWN_SUBCATEGORIES = re.compile(
 )
 LEFT_OUT_WORDS = re.compile(r"\b(man|woman|men|women|boy|girl|male|female|person with|facing right|adult|older)\b")
 TOKENS = 24  # the longest caption with its style has 18; SDXL's own limit is 77
-STYLE_CHANCES = {"twemoji": 0.3, "noto": 0.3, "fluent": 0.3, "openmoji": 0.1}  # where the caption names no style
+STYLE_CHANCES = {"twemoji": 0.3, "noto": 0.23, "fluent": 0.32, "openmoji": 0.15}  # where the caption names no style
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
@@ -92,8 +92,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--output_dir", type=Path, default=DEMO, help="Where the demo is written.")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--vae_steps", type=int, default=12000)
-    parser.add_argument("--base_steps", type=int, default=6500)
-    parser.add_argument("--wide_fraction", type=float, default=0.45, help="Of the base's steps: on all emoji.")
+    parser.add_argument("--base_steps", type=int, default=12500)
+    parser.add_argument("--wide_fraction", type=float, default=0.33, help="Of the base's steps: on all emoji.")
     parser.add_argument("--judge_steps", type=int, default=600)
     parser.add_argument("--max_captions", type=int, default=None, help="Use the first N captions only (for tests).")
     parser.add_argument("--seed", type=int, default=0)
