@@ -12,7 +12,7 @@
 # See the License for the specific language governing permissions and
 # limitations under the License.
 """
-The demo's pairs in five layouts, as a LoRA, and with other betas, judged on the demo's 64 held-out captions:
+The demo's pairs in five layouts, as a LoRA, and with other betas, judged on the demo's held-out captions:
 
     python benchmarks/demo_runs.py                 # some 20 minutes on 2 cores; a second call goes on
 

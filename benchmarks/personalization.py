@@ -21,6 +21,7 @@ Flags that this script doesn't know go to every run.
 """
 
 import argparse
+import hashlib
 import json
 import os
 import platform
@@ -84,7 +85,8 @@ def write_table(results: dict) -> str:
 def main(args: argparse.Namespace, flags: list[str]) -> None:
     versions = {name: version(name) for name in PACKAGES}
     results = {"date": date.today().isoformat(), "machine": f"{os.cpu_count()} CPU cores, {platform.machine()}"}
-    results |= {"versions": versions, "flags": flags, "runs": {}}
+    base = hashlib.sha256((REPO / "demo/sdxl-tiny-emoji/unet/diffusion_pytorch_model.safetensors").read_bytes())
+    results |= {"versions": versions, "base": base.hexdigest(), "flags": flags, "runs": {}}
     args.output_dir.mkdir(parents=True, exist_ok=True)
     file = args.output_dir / "personalization.json"
     with tempfile.TemporaryDirectory() as folder:
@@ -94,7 +96,7 @@ def main(args: argparse.Namespace, flags: list[str]) -> None:
                 found = run([*loss, *flags], out, args.cache_dir or Path(folder) / "cache")
                 print(name, found, flush=True)
                 earlier = json.loads(file.read_text()) if file.exists() else {}
-                if earlier.get("flags") == flags and earlier["versions"] == versions:  # runs of --losses add up
+                if all(earlier.get(key) == results[key] for key in ("flags", "versions", "base")):  # runs add up
                     results["runs"] |= earlier["runs"]
                 results["runs"][name] = found
                 file.write_text(json.dumps(results, indent=2) + "\n")

@@ -52,18 +52,18 @@ def test_the_readmes_command_shifts_the_style(launch, tmp_path):
     assert lines[0].startswith(
         "Neither --pretrained_model_name_or_path nor --dataset_name is given: training the demo."
     )
-    figures = {
-        name: tuple(map(float, re.search(rf"([\d.]+)%? +-> +([\d.]+)%?  {name}", done.stdout).groups()))
+    row = r"([\d.]+)%? +-> +([\d.]+)%? +\(([\d.]+)%?\)  {}"  # before, after, OpenMoji's own drawings
+    style, recognised, distance, white = (
+        list(map(float, re.search(row.format(name), done.stdout).groups()))
         for name in ("in OpenMoji's style", "nearest, in pixels", "distance to the nearest drawing", "of the border")
-    }
-    (before, after), recognised, distance, white = figures.values()
-    assert before < 25 and after > 60
-    # The base has never seen OpenMoji's drawing of these captions: asked for it by word, it is recognised in 26 %.
-    assert recognised[1] > 15 and distance[1] < 1.5 * distance[0] and white[1] > 0.7 * white[0]
+    )
+    assert style[0] < 10 and style[1] > 60 and style[2] == 100
+    # Asked for OpenMoji's style by word, the base is recognised in 64 %; it has never seen these drawings.
+    assert recognised[1] > 45 and distance[1] < distance[2] and white[1] > white[0] - 5
     history = [json.loads(line) for line in (tmp_path / "mapo-demo" / "metrics.jsonl").read_text().splitlines()]
     held_out = [record for record in history if "val_mse_w" in record]
-    assert held_out[0]["val_accuracy"] < 0.1 and held_out[-1]["val_accuracy"] > 0.6
-    assert held_out[-1]["val_mse_w"] < 1.05 * held_out[0]["val_mse_w"]
+    assert held_out[0]["val_accuracy"] < 0.1 and held_out[-1]["val_accuracy"] > 0.2
+    assert held_out[-1]["val_mse_w"] < 1.02 * held_out[0]["val_mse_w"]
     said = done.stdout + done.stderr
     for noise in ("Warning", "warning:", "xformers", "bitsandbytes", "deprecat", "torchvision", "Traceback"):
         assert noise not in said.replace("To avoid this warning pass in values", ""), said  # accelerate's own hint
