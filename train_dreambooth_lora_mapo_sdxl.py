@@ -18,7 +18,7 @@
 # dependencies = [
 #     "accelerate>=1.15.0",
 #     "datasets>=5.2.0",  # the demo's figures read parquet
-#     "diffusers>=0.42.1",
+#     "diffusers>=0.42.0",
 #     "matplotlib>=3.11.2",
 #     "peft>=0.21.2",
 #     "torch>=2.13.0",
