@@ -479,7 +479,8 @@ def find_columns(args: argparse.Namespace, names: list[str]) -> tuple:
     if not layouts:
         fail(
             f"{where}its columns ({', '.join(names)}) are those of no known data set: name --caption_column and "
-            "either --chosen_column, --rejected_column or --image_0_column, --image_1_column, --label_0_column"
+            "either --chosen_column, --rejected_column or --image_0_column, --image_1_column, --label_0_column; a "
+            "folder of images has w/NAME.png, l/NAME.png, NAME.txt"
         )
     columns = (args.caption_column or layouts[0][0], *layouts[0][1:])
     if columns[1] == columns[2]:
@@ -540,7 +541,9 @@ class PreferencePairs:
             try:
                 found.append((read or decode_image)(read_file(record[side], self.image_root)))
             except Exception as error:  # PIL's decoders raise errors of any kind
-                raise ValueError(f"{self.where(i)}: {side} is no readable image ({error})") from error
+                raise ValueError(
+                    f"{self.where(i)}: {side} is no readable image ({str(error).split(' <_io')[0]})"
+                ) from error
         return found
 
 
@@ -561,13 +564,13 @@ def load_dataset(args: argparse.Namespace, split: str) -> tuple:
     elif path.suffix in READERS or name.count("/") > 1 or name[0] in "./~":
         fail(f"--dataset_name {name}: no such file or folder")
     source = {"path": name, "name": args.dataset_config_name}
-    with blame("dataset_name", name):
+    with blame("dataset_name", name if path.exists() else f"{name}, no file or folder here"):
         if path.is_file():
             if path.suffix not in READERS:
                 raise ValueError(f"not one of {', '.join(READERS)}")
             # `datasets` takes one word as the name of a split; other than a+b or train[:5], it may be any.
             source = {"path": READERS[path.suffix], "data_files": {split if split.isidentifier() else "train": name}}
-        if (path / "w").is_dir() and (path / "l").is_dir():
+        if (path / "w").is_dir() or (path / "l").is_dir():
             dataset, fingerprint = datasets.Dataset.from_list(list_image_folders(path)), None
         elif (path / "dataset_info.json").is_file():
             dataset = datasets.load_from_disk(path)

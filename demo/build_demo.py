@@ -514,6 +514,9 @@ def write_pipeline(args: argparse.Namespace, vae, tokenizers: tuple, modules) ->
     )
     pipeline.to(torch.float16).save_pretrained(args.output_dir / "sdxl-tiny-emoji", safe_serialization=True)
     pipeline.to(torch.float32)
+    for name in ("text_encoder", "text_encoder_2"):  # else transformers loads fp16 where diffusers loads fp32
+        path = args.output_dir / "sdxl-tiny-emoji" / name / "config.json"
+        path.write_text(path.read_text().replace('"dtype": "float16"', '"dtype": "float32"'))
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -144,8 +144,8 @@ def preference_report(output_dir: str, base: str | None = None) -> str:
     style = (PREFERRED, "{:.0%}", f"in OpenMoji's style, says a judge that names {accuracy:.0%} of drawings right")
     ideal = measure_unseen_drawings()
     lines = [
-        f"Images of {len(captions)} captions that no pair is trained on, before -> after (OpenMoji's own drawings of "
-        "them, compared with all others):"
+        f"Images of {len(captions)} captions that no pair is trained on, before -> after (aim: OpenMoji's real "
+        "drawings, compared with all others):"
     ]
     return "\n".join(lines + [change(row, before, after, ideal) for row in (style, *ROWS)])
 

@@ -185,7 +185,8 @@ def load_rows(source: str, flag: str, split: str = "train"):
             return read_table(path), root
         return load_dataset_rows(source, split), root
     except (OSError, ValueError) as error:
-        fail(f"{flag} {source}: {str(error).splitlines()[0]}")
+        where = "" if path.exists() else ", no file or folder here"
+        fail(f"{flag} {source}{where}: {str(error).splitlines()[0]}")
 
 
 def read_captioned_images(images: list[Path], root: Path, flag: str) -> list[dict]:

@@ -60,3 +60,13 @@ def test_loop_for_a_flow_matching_transformer_learns_the_preference():
     assert last["mse_w"] < 0.8 * first["mse_w"]
     assert last["margin"] > first["margin"] + 0.05
     assert last["accuracy"] == 1
+
+
+def test_the_demos_model_generates_as_it_is_loaded_by_default():
+    """In one type, although its files are fp16: transformers follows its config, diffusers takes fp32."""
+    from diffusers import StableDiffusionXLPipeline
+
+    pipeline = StableDiffusionXLPipeline.from_pretrained(REPO / "demo" / "sdxl-tiny-emoji")
+    pipeline.set_progress_bar_config(disable=True)
+    (image,) = pipeline("fox", height=64, width=64, num_inference_steps=2).images
+    assert image.size == (64, 64)

@@ -262,6 +262,12 @@ def folders(path: Path, **changes: bytes) -> list[str]:
     return [f"--dataset_name={path / 'data'}"]
 
 
+def one_image(path: Path, name: str) -> list[str]:
+    (path / "data" / name).parent.mkdir(parents=True)
+    Image.new("RGB", (64, 64)).save(path / "data" / name)
+    return [f"--dataset_name={path / 'data'}"]
+
+
 def model(path: Path, leave_out: str = "", **changes) -> list[str]:
     """--pretrained_model_name_or_path of the demo's model without a file or folder, some JSON files changed."""
     shutil.copytree(MODEL, path / "model")
@@ -301,7 +307,7 @@ BAD = {
     ),
     "image: image of zero bytes": (
         lambda p: jsonl(p, lines(ROW | {"chosen": "empty.png"})),
-        "row 0: chosen is no readable image",
+        "row 0: chosen is no readable image (cannot identify image file)",
     ),
     "image: truncated image": (
         lambda p: jsonl(p, lines(ROW | {"chosen": "short.png"})),
@@ -322,7 +328,12 @@ BAD = {
     "tar: not one": (lambda p: ["--dataset_name=" + file(p, "x.tar", b"none")], "x.tar: "),
     "CSV: ragged": (lambda p: ["--dataset_name=" + file(p, "x.csv", b"a,b\n1\n1,2,3\n")], "x.csv: "),
     "an empty folder": (lambda p: [f"--dataset_name={p}"], "doesn't contain any data files"),
-    "a hub id, offline": (lambda p: ["--dataset_name=nobody/nothing"], "nobody/nothing: Couldn't reach"),
+    "a hub id, offline": (
+        lambda p: ["--dataset_name=nobody/nothing"],
+        "nobody/nothing, no file or folder here: Couldn't reach",
+    ),
+    "folder of winners alone": (lambda p: one_image(p, "w/0.png"), "no image l/0 to go with the other one"),
+    "folder of images": (lambda p: one_image(p, "0.png"), "a folder of images has w/NAME.png, l/NAME.png, NAME.txt"),
     "no such split": (lambda p: [f"--dataset_name={PAIRS}", "--dataset_split_name=trian"], 'Unknown split "trian"'),
     "one of two splits": (
         lambda p: [f"--dataset_name={PAIRS}", "--dataset_split_name=train+no"],
