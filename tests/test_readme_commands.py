@@ -86,6 +86,7 @@ HOW = {
             "tests/test_train_dreambooth_lora_mapo_sdxl.py::test_the_demo_makes_samples_more_like_the_subject_and_says_so"
         ),
         "python inference/reward_guidance.py": RUN,
+        "python benchmarks/personalization.py": PARSE,
     },
     "pairs/README.md": {
         "train_diffusion_mapo_sdxl.py --dataset_name FOLDER": (
@@ -140,7 +141,10 @@ HOW = {
     },
     "demo/README.md": {
         "pip install resvg-py && python demo/build_demo.py": PARSE,
-        "benchmarks/miniature.py --preferred": PARSE,
+        "accelerate launch train_diffusion_mapo_sdxl.py --beta_mapo 8": (
+            "tests/test_train_diffusion_mapo_sdxl.py::test_the_readmes_command_shifts_the_style"
+        ),
+        "python benchmarks/miniature.py": PARSE,
     },
 }
 
@@ -318,7 +322,7 @@ class Walk:
 
     def run(self, command: Command, variables: dict, server: list) -> None:
         text, body = command.text.replace("7860", self.port), command.body.replace("7860", self.port)
-        for size in ("[:48]", "slice(0, 256)", "head -32"):  # rows of the demo
+        for size in ("[:48]", "slice(0, 247)", "head -32"):  # rows of the demo
             text, body = (part.replace(size, re.sub(r"\d\d+", "3", size)) for part in (text, body))
         for name, value in variables.items():
             text = text.replace(f"${name}", value)
