@@ -1780,6 +1780,8 @@ def main(args: argparse.Namespace) -> None:
         if accelerator.is_main_process:
             save_results(data.prompts, log.history, args)
             print(f"Done in {time.perf_counter() - started:.0f} s: {args.output_dir}")
+    del training  # DDP before its process group: freed after it, it can wait for gloo's threads forever
+    accelerator.free_memory()
     accelerator.end_training()
 
 

@@ -1481,6 +1481,7 @@ def main(args: argparse.Namespace) -> None:
     model = accelerator.unwrap_model(model)
     save_results(model, log.history, photos, rejected, before, args, accelerator)
     accelerator.print(f"Done in {time.perf_counter() - started:.0f} s. Results: {args.output_dir}")
+    accelerator.free_memory()  # DDP before its process group: freed after it, it can wait for gloo's threads forever
     accelerator.end_training()
 
 

@@ -44,7 +44,7 @@ def run(base, tmp_path):
         command = [*launcher, SCRIPT, *base, f"--output_dir={tmp_path / name}", f"--cache_dir={tmp_path / name}-cache"]
         env = os.environ | ({"ACCELERATE_USE_CPU": "true"} if launcher == TORCHRUN else {})
         pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-        options = {"env": env | {"PYTHONFAULTHANDLER": "1"}, "preexec_fn": one_core if launcher == ONE else None}
+        options = {"env": env | {"PYTHONFAULTHANDLER": "1"}, "preexec_fn": one_core if launcher == ONE else all_cores}
         with subprocess.Popen([*command, *flags], **pipes, **options) as process:
             try:
                 said = process.communicate(timeout=300)
@@ -66,6 +66,11 @@ def children_of(process: subprocess.Popen) -> list[int]:
 def one_core() -> None:
     """On so small a model, threads that wait for one another cost more than they bring."""
     os.sched_setaffinity(0, {max(os.sched_getaffinity(0))})
+
+
+def all_cores() -> None:
+    """Those that pytest's other workers leave free, as these tests are the last ones."""
+    os.sched_setaffinity(0, range(os.cpu_count()))
 
 
 ONE = [sys.executable]
@@ -132,7 +137,9 @@ def test_a_signal_to_one_process_has_both_stop_with_one_checkpoint(base, tmp_pat
     flags = [*base, "--max_train_steps=5000", "--checkpointing_steps=5000", BATCH_OF_TWO]
     command = [*TORCHRUN, SCRIPT, *flags, f"--output_dir={out}", f"--cache_dir={tmp_path / 'cache'}"]
     env = os.environ | {"ACCELERATE_USE_CPU": "true"}
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=env) as process:
+    with subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=env, preexec_fn=all_cores
+    ) as process:
         while not (out / "metrics.jsonl").exists() or not (out / "metrics.jsonl").stat().st_size:
             assert process.poll() is None, process.stdout.read()
             time.sleep(0.05)
@@ -142,6 +149,35 @@ def test_a_signal_to_one_process_has_both_stop_with_one_checkpoint(base, tmp_pat
     (checkpoint,) = out.glob("checkpoint-*")
     assert f"{checkpoint} is written; go on with --resume_from_checkpoint latest" in said
     assert {path.name for path in checkpoint.glob("random_states*")} == {"random_states_0.pkl", "random_states_1.pkl"}
+
+
+ENDING = """
+import gc, sys
+sys.path.insert(0, {repo!r})
+import train_diffusion_mapo_sdxl as script
+from accelerate import Accelerator
+from torch.nn.parallel import DistributedDataParallel
+
+end_training = Accelerator.end_training
+
+def look(accelerator):
+    gc.collect()
+    print("DDP:", sum(isinstance(thing, DistributedDataParallel) for thing in gc.get_objects()), flush=True)
+    end_training(accelerator)
+
+Accelerator.end_training = look
+script.main(script.parse_args())
+"""
+
+
+def test_ddp_is_freed_before_its_process_group(base, tmp_path):
+    """Else, now and then, a process waits for gloo's threads forever after "Done"."""
+    (tmp_path / "ending.py").write_text(ENDING.format(repo=str(REPO)))
+    flags = [*base, BATCH_OF_TWO, f"--output_dir={tmp_path / 'out'}", f"--cache_dir={tmp_path / 'cache'}"]
+    env = os.environ | {"ACCELERATE_USE_CPU": "true"}
+    command = [*TORCHRUN, str(tmp_path / "ending.py"), *flags, "--skip_final_inference"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300, env=env, preexec_fn=all_cores)
+    assert done.returncode == 0 and done.stdout.count("DDP: 0") == 2, done.stdout + done.stderr
 
 
 def test_fsdp2_gives_the_same_weights_and_resumes_to_the_same_bits(run):
