@@ -1481,7 +1481,11 @@ def save_weights(unet, args: argparse.Namespace, accelerator: Accelerator) -> No
     if args.use_lora:
         layers = get_peft_model_state_dict(model, state)
         metadata = _collate_lora_metadata({"unet": model})
-        diffusers.StableDiffusionXLPipeline.save_lora_weights(output_dir, layers, **metadata)
+        write = diffusers.StableDiffusionXLPipeline.save_lora_weights
+        save_aside(
+            output_dir / "pytorch_lora_weights.safetensors",
+            lambda path: write(path.parent, layers, weight_name=path.name, **metadata),
+        )
         if args.output_kohya_format:
             layers = {f"unet.{name}": layer for name, layer in layers.items()}
             converted = convert_to_kohya(layers, args.lora_alpha or args.rank)

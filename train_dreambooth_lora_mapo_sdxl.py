@@ -1184,10 +1184,11 @@ def save_weights(model, args: argparse.Namespace) -> None:
         prefix = "text_model." if part == "text_encoder" and not hasattr(module, "text_model") else ""
         layers[part] = {f"{prefix}{name}": layer for name, layer in get_peft_model_state_dict(module).items()}
     # PEFT's names: diffusers' older ones do not exist for all layers, and its loader drops one kind of a mixed file.
-    diffusers.StableDiffusionXLPipeline.save_lora_weights(
-        output_dir,
-        **{f"{part}_lora_layers": named for part, named in layers.items()},
-        **_collate_lora_metadata(model.adapted),
+    options = {f"{part}_lora_layers": named for part, named in layers.items()} | _collate_lora_metadata(model.adapted)
+    write = diffusers.StableDiffusionXLPipeline.save_lora_weights
+    save_aside(
+        output_dir / "pytorch_lora_weights.safetensors",
+        lambda path: write(path.parent, weight_name=path.name, **options),
     )
     if args.output_kohya_format:
         named = {f"{part}.{name}": layer for part, found in layers.items() for name, layer in found.items()}
@@ -1450,6 +1451,7 @@ def main(args: argparse.Namespace) -> None:
     logger.info(f"First step after {time.perf_counter() - started:.1f} s.")
     log, signals, before = MetricsLog(first_step, checkpoint, args, accelerator), watch_signals(), []
     patience = args.max_nonfinite_steps + (20 if accelerator.scaler else 0)  # fp16 finds its scale by such steps
+    stop = False
     for step in range(first_step + 1, args.max_train_steps + 1):
         metrics = accumulate_gradients(step, photos_per_step, model, dataset, noise_scheduler, args, accelerator)
         metrics["grad_norm"] = accelerator.clip_grad_norm_(model.parameters(), args.max_grad_norm)
@@ -1473,14 +1475,15 @@ def main(args: argparse.Namespace) -> None:
         if stop:
             log.bar.close()
             logger.info(f"{' '.join(signals)}: {saved} is written; go on with --resume_from_checkpoint latest")
-            return accelerator.end_training()
+            break
         if args.validation_steps and step % args.validation_steps == 0 and step < args.max_train_steps:
             log_validation(step, model, photos, rejected, before, args, accelerator)
     log.bar.close()
 
     model = accelerator.unwrap_model(model)
-    save_results(model, log.history, photos, rejected, before, args, accelerator)
-    accelerator.print(f"Done in {time.perf_counter() - started:.0f} s. Results: {args.output_dir}")
+    if not stop:
+        save_results(model, log.history, photos, rejected, before, args, accelerator)
+        accelerator.print(f"Done in {time.perf_counter() - started:.0f} s. Results: {args.output_dir}")
     accelerator.free_memory()  # DDP before its process group: freed after it, it can wait for gloo's threads forever
     accelerator.end_training()
 
