@@ -45,15 +45,11 @@ REPO = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(REPO))
 
 from demo.report import DEMO, generate, held_out_captions, load_sheets, measure  # noqa: E402
+from demo.settings import PAIRS  # noqa: E402
 from demo.style_judge import FOUNDRIES  # noqa: E402
 
 
 KEYS = ("preferred", "beta", "rate", "safeguard", "steps", "seed")
-# The demo's settings, so that its whole command is what the grid varies.
-SETTINGS = (
-    "--resolution=64 --train_batch_size=16 --lr_scheduler=constant_with_warmup --lr_warmup_steps=10 "
-    "--validation_split_name=test --skip_final_inference --report_to=none"
-).split()
 
 
 def write_pairs(preferred: str, folder: Path) -> Path:
@@ -88,9 +84,11 @@ def run(setting: dict, args: argparse.Namespace) -> tuple[dict[str, float], list
     shutil.rmtree(out, ignore_errors=True)
     flags = [f"--beta_mapo={setting['beta']}", f"--learning_rate={setting['rate']}", f"--seed={setting['seed']}"]
     flags += [f"--safeguard={setting['safeguard']}", f"--max_train_steps={setting['steps']}"]
-    flags += [f"--validation_steps={setting['steps']}", "--num_validation_pairs=50", f"--output_dir={out}"]
-    command = [sys.executable, REPO / "train_diffusion_mapo_sdxl.py", f"--pretrained_model_name_or_path={args.model}"]
-    command += [f"--dataset_name={pairs}", f"--cache_dir={args.work_dir / 'cache'}", *SETTINGS, *flags]
+    flags += [f"--validation_steps={setting['steps']}", f"--output_dir={out}", "--skip_final_inference"]
+    flags += [f"--pretrained_model_name_or_path={args.model}", f"--dataset_name={pairs}"]
+    # The demo's settings first: what the grid varies comes after them and wins.
+    command = [sys.executable, REPO / "train_diffusion_mapo_sdxl.py", *(f"--{k}={v}" for k, v in PAIRS.items())]
+    command += [f"--cache_dir={args.work_dir / 'cache'}", *flags]
     started = time.monotonic()
     with (args.work_dir / "log.txt").open("w") as log:
         subprocess.run(command, check=True, stdout=log, stderr=log)

@@ -640,7 +640,7 @@ def make_grid(images: list[Image.Image], captions: list[str], columns: int = 12)
 
 def measure_demo(args: argparse.Namespace, drawings: dict, vae, judge) -> dict:
     """The figures that demo/README.md states, and samples.png."""
-    from demo.report import generate, measure
+    from demo.report import generate, measure, measure_unseen_drawings
 
     held_out, captions = drawings["held_out"], drawings["captions"].tolist()
     figures = {
@@ -662,6 +662,7 @@ def measure_demo(args: argparse.Namespace, drawings: dict, vae, judge) -> dict:
         figures[f"judge_accuracy_on_held_out_{name}"] = torch.cat(right).float().mean().item()
     pipeline = load_base(args)
     unseen = drawings["captions"][held_out].tolist()
+    figures[f"unseen_{PREFERRED}_drawings"] = measure_unseen_drawings()
     figures["base_on_held_out_captions"] = measure(generate(pipeline, unseen), unseen)
     for foundry in FOUNDRIES:
         named = generate(pipeline, [with_style(caption, foundry) for caption in unseen])

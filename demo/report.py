@@ -28,18 +28,12 @@ from pathlib import Path
 import torch
 from PIL import Image
 
+from .settings import SUBJECT
 from .style_judge import FOUNDRIES, PREFERRED, RESOLUTION, StyleJudge, palette, to_batch
 
 
 DEMO = Path(__file__).resolve().parent
 GUIDANCE_SCALE, NUM_INFERENCE_STEPS = 2.0, 20
-NEW_CONTEXTS = (  # expressions that no photo of subject/ has
-    "<cat> face with tears of joy",
-    "<cat> face with wry smile",
-    "kissing <cat> face with closed eyes",
-    "weary <cat> face",
-    "black <cat>",
-)
 ROWS = (  # figures of `measure` that a texture can't raise
     ("recognised", "{:.0%}", "nearest, in pixels, to a drawing of their caption, among all foundries' drawings"),
     ("distance", "{:.1f}", "distance to the nearest drawing, in grey levels: much larger would mean damage"),
@@ -142,12 +136,13 @@ def preference_report(output_dir: str, base: str | None = None) -> str:
     before, after = figures["base_on_held_out_captions"], measure(generate(pipeline, captions), captions)
     accuracy = figures["judge_accuracy_on_held_out_reconstructions"]
     style = (PREFERRED, "{:.0%}", f"in OpenMoji's style, says a judge that names {accuracy:.0%} of drawings right")
-    ideal = measure_unseen_drawings()
     lines = [
         f"Images of {len(captions)} captions that no pair is trained on, before -> after (aim: OpenMoji's real "
         "drawings, compared with all others):"
     ]
-    return "\n".join(lines + [change(row, before, after, ideal) for row in (style, *ROWS)])
+    return "\n".join(
+        lines + [change(row, before, after, figures["unseen_openmoji_drawings"]) for row in (style, *ROWS)]
+    )
 
 
 def subject_report(pipeline, placeholder_token: str) -> str:
@@ -157,7 +152,7 @@ def subject_report(pipeline, placeholder_token: str) -> str:
     photos = to_batch([Image.open(DEMO / "subject" / row["file_name"]) for row in rows])
     known = torch.cat([photos, load_drawings()[0]]).flatten(1)
     captions = [row["text"].replace("<cat>", placeholder_token) for row in rows]
-    contexts = [context.replace("<cat>", placeholder_token) for context in NEW_CONTEXTS]
+    contexts = [context.replace("<cat>", placeholder_token) for context in SUBJECT["validation_prompts"]]
     plain = [caption.replace(placeholder_token, "cat") for caption in captions + contexts]
     others = held_out_captions()
 

@@ -53,7 +53,7 @@ SUBJECT = {
     "max_train_steps": 300,
     "sample_batch_size": 16,
     "guidance_scale": 2.0,
-    "validation_prompts": [
+    "validation_prompts": [  # expressions that no photo of subject/ has
         "<cat> face with tears of joy",
         "<cat> face with wry smile",
         "kissing <cat> face with closed eyes",
