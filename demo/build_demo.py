@@ -52,6 +52,7 @@ from tqdm.auto import tqdm
 DEMO = Path(__file__).resolve().parent
 sys.path.insert(0, str(DEMO.parent))
 
+from demo.report import VALIDATION_CAPTIONS  # noqa: E402
 from demo.style_judge import FOUNDRIES, PREFERRED, RESOLUTION  # noqa: E402
 
 
@@ -577,9 +578,9 @@ def write_drawings(args: argparse.Namespace, drawings: dict) -> None:
 
 
 def write_pairs(args: argparse.Namespace, drawings: dict) -> None:
-    """`pairs/train.parquet` and `pairs/test.parquet` (the held-out captions) in Pick-a-Pic's columns: the file bytes
-    of two drawings, `label_0` 1.0 where the first is chosen. OpenMoji's is chosen over that of a random foundry among
-    the others, on a random side."""
+    """`pairs/train.parquet` and `pairs/test.parquet` in Pick-a-Pic's columns: the file bytes of two drawings,
+    `label_0` 1.0 where the first is chosen. OpenMoji's is chosen over another random foundry's, on a random side.
+    Held-out captions are in neither."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 
@@ -598,7 +599,8 @@ def write_pairs(args: argparse.Namespace, drawings: dict) -> None:
         rows.append({"caption": caption, "jpg_0": jpg_0, "jpg_1": jpg_1, "label_0": label, "label_1": 1 - label})
     table = pa.Table.from_pylist(rows)
     (args.output_dir / "pairs").mkdir(exist_ok=True)
-    for split, mask in (("train", ~drawings["held_out"]), ("test", drawings["held_out"])):
+    masks = {"train": ~drawings["held_out"] & ~drawings["validation"], "test": drawings["validation"]}
+    for split, mask in masks.items():
         path = args.output_dir / "pairs" / f"{split}.parquet"
         pq.write_table(table.filter(pa.array(mask)), path.with_suffix(".tmp"), compression="none")
         os.replace(path.with_suffix(".tmp"), path)
@@ -664,6 +666,8 @@ def measure_demo(args: argparse.Namespace, drawings: dict, vae, judge) -> dict:
     unseen = drawings["captions"][held_out].tolist()
     figures[f"unseen_{PREFERRED}_drawings"] = measure_unseen_drawings()
     figures["base_on_held_out_captions"] = measure(generate(pipeline, unseen), unseen)
+    known = drawings["captions"][drawings["validation"]].tolist()
+    figures["base_on_validation_captions"] = measure(generate(pipeline, known), known)
     for foundry in FOUNDRIES:
         named = generate(pipeline, [with_style(caption, foundry) for caption in unseen])
         figures[f"base_on_held_out_captions_in_{foundry}_style"] = measure(named, unseen)
@@ -687,6 +691,8 @@ def main(args: argparse.Namespace) -> None:
     save_file(weights, args.output_dir / "style_judge.safetensors")
     shown = drawings["shown"]
     drawings = {name: drawings[name][shown] for name in ("captions", "held_out", *FOUNDRIES)}
+    drawings["validation"] = np.zeros_like(drawings["held_out"])
+    drawings["validation"][np.flatnonzero(~drawings["held_out"])[VALIDATION_CAPTIONS]] = True
     write_drawings(args, drawings)
     write_pairs(args, drawings)
     figures = measure_demo(args, drawings, vae, judge)

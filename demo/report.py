@@ -34,16 +34,30 @@ from .style_judge import FOUNDRIES, PREFERRED, RESOLUTION, StyleJudge, palette, 
 
 DEMO = Path(__file__).resolve().parent
 GUIDANCE_SCALE, NUM_INFERENCE_STEPS = 2.0, 20
+VALIDATION_CAPTIONS = slice(2, None, 5)  # of those that aren't held out
 ROWS = (  # figures of `measure` that a texture can't raise
     ("recognised", "{:.0%}", "nearest, in pixels, to a drawing of their caption, among all foundries' drawings"),
     ("distance", "{:.1f}", "distance to the nearest drawing, in grey levels: much larger would mean damage"),
     ("white_border", "{:.1%}", "of the border is white: less would mean stains"),
 )
+ERRORS = (  # of a run's metrics.jsonl
+    ("val_accuracy", "{:.0%}", "implicit accuracy: pairs whose chosen image has the smaller error"),
+    ("val_mse_w", "{:.3f}", "the chosen images' error: larger would mean that they got less likely"),
+    ("val_mse_l", "{:.3f}", "the rejected images' error"),
+)
 
 
 def held_out_captions() -> list[str]:
-    """The captions that no pair is trained on, and of which the base has never seen OpenMoji's drawing."""
+    """The captions that no pair has, and of which the base has never seen OpenMoji's drawing."""
     return (DEMO / "held_out_captions.txt").read_text().splitlines()
+
+
+def validation_captions() -> list[str]:
+    """The captions of pairs/test.parquet: no pair of the training has them, but the base knows OpenMoji's drawings of
+    them among the others', as SDXL knows most styles of most things."""
+    rest = (DEMO / "drawings" / "captions.txt").read_text().splitlines()
+    held_out = set(held_out_captions())
+    return [caption for caption in rest if caption not in held_out][VALIDATION_CAPTIONS]
 
 
 def load_sheets() -> tuple[list[str], dict[str, list[Image.Image]]]:
@@ -131,18 +145,24 @@ def preference_report(output_dir: str, base: str | None = None) -> str:
     pipeline = StableDiffusionXLPipeline.from_pretrained(base or output_dir, **options)
     if base is not None:
         pipeline.load_lora_weights(output_dir, weight_name="pytorch_lora_weights.safetensors")
-    captions = held_out_captions()
     figures = json.loads((DEMO / "figures.json").read_text())
-    before, after = figures["base_on_held_out_captions"], measure(generate(pipeline, captions), captions)
     accuracy = figures["judge_accuracy_on_held_out_reconstructions"]
     style = (PREFERRED, "{:.0%}", f"in OpenMoji's style, says a judge that names {accuracy:.0%} of drawings right")
-    lines = [
-        f"Images of {len(captions)} captions that no pair is trained on, before -> after (aim: OpenMoji's real "
-        "drawings, compared with all others):"
-    ]
-    return "\n".join(
-        lines + [change(row, before, after, figures["unseen_openmoji_drawings"]) for row in (style, *ROWS)]
+    unseen = "captions of which the base hasn't even seen OpenMoji's drawing (aim: the real ones, as if unknown)"
+    groups = (
+        (validation_captions(), "base_on_validation_captions", None, "captions that no pair of the training has"),
+        (held_out_captions(), "base_on_held_out_captions", figures["unseen_openmoji_drawings"], unseen),
     )
+    lines = []
+    for captions, name, ideal, text in groups:
+        after = measure(generate(pipeline, captions), captions)
+        lines.append(f"Images of {len(captions)} {text}, before -> after:")
+        lines += [change(row, figures[name], after, ideal) for row in (style, *ROWS)]
+    records = map(json.loads, (Path(output_dir) / "metrics.jsonl").read_text().splitlines())
+    held_out = [record for record in records if record.get("val_accuracy") is not None]
+    lines.append("Pairs of the first captions, before -> after:")
+    lines += [change(row, held_out[0], held_out[-1]) for row in ERRORS]
+    return "\n".join(lines)
 
 
 def subject_report(pipeline, placeholder_token: str) -> str:

@@ -61,7 +61,7 @@ class StyleJudge(nn.Module):
     """A small net that sees the palette, and the mean and maximum over all places of convolutions that see 31 pixels:
     colours, lines and shading, not what is drawn where."""
 
-    def __init__(self) -> None:
+    def __init__(self, num_styles: int = len(FOUNDRIES)) -> None:
         super().__init__()
         layers, before = [], 3
         for width in (24, 48, 64, 64):
@@ -69,12 +69,16 @@ class StyleJudge(nn.Module):
             before = width
         self.layers = nn.Sequential(*layers)
         self.palette = nn.Sequential(nn.Dropout(0.3), nn.Linear(12**3, 64), nn.SiLU())
-        self.head = nn.Sequential(nn.Dropout(0.3), nn.Linear(2 * before + 64, len(FOUNDRIES)))
+        self.head = nn.Sequential(nn.Dropout(0.3), nn.Linear(2 * before + 64, num_styles))
+
+    def features(self, images: torch.Tensor) -> torch.Tensor:
+        """(N, 3, 64, 64) in [-1, 1] -> (N, 192)"""
+        maps = self.layers(images).flatten(2)
+        return torch.cat([maps.mean(2), maps.amax(2), self.palette(8 * palette(images.clamp(-1, 1)))], 1)
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
-        """(N, 3, 64, 64) in [-1, 1] -> logits (N, 4)"""
-        maps = self.layers(images).flatten(2)
-        return self.head(torch.cat([maps.mean(2), maps.amax(2), self.palette(8 * palette(images.clamp(-1, 1)))], 1))
+        """(N, 3, 64, 64) in [-1, 1] -> logits (N, num_styles)"""
+        return self.head(self.features(images))
 
     @classmethod
     def from_pretrained(cls, path: Path = DEMO / "style_judge.safetensors") -> "StyleJudge":

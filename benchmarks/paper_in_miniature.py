@@ -1,0 +1,647 @@
+# Copyright 2026 The MaPO reference implementation authors. All rights reserved.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""
+The paper's claims in miniature: MaPO beside SFT and Diffusion-DPO on the demo's base and real drawings.
+
+    pip install resvg-py                               # draws the style that the base has never seen
+    python benchmarks/paper_in_miniature.py            # everything; goes on where it was ended
+    python benchmarks/paper_in_miniature.py --only search final --tasks known_style
+    python benchmarks/paper_in_miniature.py --only report
+
+Tasks, in the order in which the winners move away from what the base generates:
+
+    preference     two random foundries' drawings of a caption; which is chosen is random too, by Bradley-Terry on a
+                   utility per foundry, so labels contradict each other as people's do
+    known_style    OpenMoji's drawing over another foundry's; the base knows the style, but hardly draws it unasked
+    other_style    the same for Noto's, which the base draws often: the safeguard's second foundry
+    unknown_style  Fluent's 3D drawing over another foundry's; the base has never seen one
+
+Captions are split into 198 to train on, 49 to choose settings by, and the demo's 50 to report on, of which the base
+hasn't seen OpenMoji's drawing. All methods take the same steps of the same pairs, noise and timesteps.
+
+Stages: `search` tries every method's rates and betas (GRID) with one seed; `final` runs the best of each with three;
+`safeguard`, `betas`, `pairs` and `noise` vary one thing at a time around MaPO's best; `report` writes tables, plots
+and strips of images to `benchmarks/miniature/`. Every run is a line of `benchmarks/results/miniature.jsonl`.
+"""
+
+import argparse
+import copy
+import hashlib
+import json
+import sys
+import time
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from tqdm.auto import tqdm
+
+
+REPO = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(REPO))
+
+from demo import build_demo  # noqa: E402
+from demo.report import DEMO, generate, held_out_captions, load_sheets  # noqa: E402
+from demo.style_judge import FOUNDRIES, StyleJudge, to_batch  # noqa: E402
+from evaluation.compare import bootstrap_interval  # noqa: E402
+from mapo_loss import mapo_loss  # noqa: E402
+
+
+STYLES = (*FOUNDRIES, "fluent_3d")
+UTILITY = {"twemoji": 0.0, "openmoji": 0.5, "noto": 1.0, "fluent": 2.0, "fluent_3d": 0.0}  # of the task `preference`
+PREFERRED = {"known_style": "openmoji", "other_style": "noto", "unknown_style": "fluent_3d"}
+TASKS = ("preference", *PREFERRED)
+BATCH, STEPS, WARMUP = 8, 100, 10
+RATES = (1e-5, 3e-5, 1e-4)
+GRID = {  # a method's betas and rates; both are tried with each other
+    "SFT": ((0,), (*RATES, 3e-4)),
+    "Diffusion-DPO": ((100, 1000), RATES),
+    "MaPO": ((8, 64), RATES),
+    "MaPO, safeguard": ((8, 64), RATES),
+}
+FORMS = {"SimPO's form": ((100, 1000), RATES), "ORPO's form": ((1, 10), RATES)}  # tried on FORMS_TASK only
+FORMS_TASK = "known_style"
+SEEDS = (0, 1, 2)
+JUDGE_STEPS = 600
+MAX_CAPTIONS = None  # of validation and test
+KEYS = ("task", "method", "beta", "rate", "safeguard", "pairs", "noise", "seed", "split")
+
+
+class Errors(NamedTuple):
+    """A step's mean squared errors per pair, those of the starting model where a method needs them, and what
+    mapo_loss takes. Shape: (B,), of model_pred and target (2B, ...)."""
+
+    mse_w: torch.Tensor
+    mse_l: torch.Tensor
+    ref_w: torch.Tensor | None
+    ref_l: torch.Tensor | None
+    model_pred: torch.Tensor
+    target: torch.Tensor
+
+
+def diffusion_dpo_loss(mse_w, mse_l, ref_w, ref_l, beta: float) -> torch.Tensor:
+    """-log sigmoid(-beta/2 * ((mse_w - ref_w) - (mse_l - ref_l))), mean over pairs (arXiv 2311.12908, eq. 14; as in
+    its authors' code, beta has T and the weighting in it). Shape: (B,) each -> ()"""
+    return -F.logsigmoid(-beta / 2 * ((mse_w - ref_w) - (mse_l - ref_l))).mean()
+
+
+def simpo_loss(mse_w, mse_l, beta: float) -> torch.Tensor:
+    """-log sigmoid(beta * (mse_l - mse_w)): SimPO (arXiv 2405.14734) with -mse for the mean log-likelihood, no target
+    margin. Shape: (B,), (B,) -> ()"""
+    return -F.logsigmoid(beta * (mse_l - mse_w)).mean()
+
+
+def orpo_loss(mse_w, mse_l, weight: float) -> torch.Tensor:
+    """mse_w - weight * log sigmoid(log odds_w - log odds_l): ORPO (arXiv 2403.07691) with exp(-mse) for a likelihood,
+    so log odds = -mse - log(1 - exp(-mse)). Shape: (B,), (B,) -> ()"""
+    log_odds_w, log_odds_l = (-mse - torch.log(-torch.expm1(-mse)) for mse in (mse_w, mse_l))
+    return (mse_w - weight * F.logsigmoid(log_odds_w - log_odds_l)).mean()
+
+
+def method_loss(setting: dict, e: Errors) -> torch.Tensor:
+    method, beta = setting["method"].split(",")[0], setting["beta"]
+    if method == "SFT":
+        return e.mse_w.mean()
+    if method == "Diffusion-DPO":
+        return diffusion_dpo_loss(e.mse_w, e.mse_l, e.ref_w, e.ref_l, beta)
+    if method == "SimPO's form":
+        return simpo_loss(e.mse_w, e.mse_l, beta)
+    if method == "ORPO's form":
+        return orpo_loss(e.mse_w, e.mse_l, beta)
+    return mapo_loss(e.model_pred, e.target, beta, safeguard=setting["safeguard"]).loss
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Drawings, splits, judge
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def render_styles(work_dir: Path) -> dict[str, np.ndarray]:
+    """`captions` of all emoji that every style of STYLES draws, and each style's drawings, (N, 64, 64, 3) uint8."""
+    path = work_dir / "styles.npz"
+    if path.exists():
+        return dict(np.load(path))
+    names = build_demo.read_json(build_demo.open_package(*build_demo.NAMES, work_dir), "chars.json")
+    entries = build_demo.read_json(
+        build_demo.open_package(*build_demo.PACKAGES["twemoji"][:2], work_dir), "emoji.json"
+    )
+    readers = {style: build_demo.drawing_reader(style, names, work_dir) for style in STYLES}
+    drawings = {"captions": [], **{style: [] for style in STYLES}}
+    for entry in tqdm(sorted(entries, key=lambda entry: entry["sort_order"]), desc="drawings"):
+        if not build_demo.SUBCATEGORIES.fullmatch(entry["subcategory"]):
+            continue
+        found = {style: read(entry) for style, read in readers.items()}
+        if all(drawing is not None for drawing in found.values()):
+            drawings["captions"].append(entry["name"].lower().replace("’", "'"))
+            for style, drawing in found.items():
+                drawings[style].append(drawing)
+    arrays = {name: np.stack(values) for name, values in drawings.items()}
+    np.savez(path.with_suffix(".tmp.npz"), **arrays)
+    path.with_suffix(".tmp.npz").rename(path)
+    return arrays
+
+
+class World(NamedTuple):
+    """Everything that the runs share. `captions` are those of the demo that every style draws, N of them."""
+
+    pipeline: object
+    captions: list[str]
+    drawings: torch.Tensor  # (S, N, 3, 64, 64) in [-1, 1]
+    latents: torch.Tensor  # (S, N, 4, 16, 16), scaled
+    prompt_embeds: torch.Tensor  # (N, 24, 160)
+    pooled: torch.Tensor  # (N, 96)
+    splits: dict[str, list[int]]
+    judge: StyleJudge
+    judge_accuracy: float  # on drawings of the validation and the test captions after a trip through the VAE
+    base: str
+
+
+def make_world(work_dir: Path) -> World:
+    from diffusers import StableDiffusionXLPipeline
+
+    work_dir.mkdir(parents=True, exist_ok=True)
+    model = DEMO / "sdxl-tiny-emoji"
+    pipeline = StableDiffusionXLPipeline.from_pretrained(model, dtype=torch.float32, add_watermarker=False)
+    styles = render_styles(work_dir)
+    place = {caption: i for i, caption in enumerate(styles["captions"])}
+    captions = [caption for caption in load_sheets()[0] if caption in place]
+    test = set(held_out_captions())
+    splits = {"test": [i for i, caption in enumerate(captions) if caption in test]}
+    rest = [i for i, caption in enumerate(captions) if caption not in test]
+    splits |= {"validation": rest[2::5], "train": [i for i in rest if i not in rest[2::5]]}
+    splits |= {name: splits[name][:MAX_CAPTIONS] for name in ("test", "validation")}
+    rows = [place[caption] for caption in captions]
+    pixels = [torch.from_numpy(styles[style][rows]).permute(0, 3, 1, 2) for style in STYLES]
+    scale = pipeline.vae.config.scaling_factor
+    with torch.no_grad():
+        latents = torch.stack([build_demo.encode(pipeline.vae, images) * scale for images in pixels])
+        prompt_embeds, _, pooled, _ = pipeline.encode_prompt(captions, do_classifier_free_guidance=False)
+    unjudged = {captions[i] for split in ("validation", "test") for i in splits[split]}
+    judge = train_judge(work_dir, styles, unjudged, pipeline.vae)
+    right = []
+    for label, images in enumerate(pixels):
+        seen = images[splits["validation"] + splits["test"]]
+        right.append(judge(build_demo.reconstruct(pipeline.vae, seen)).argmax(1) == label)
+    drawings = torch.stack(pixels).float() / 127.5 - 1
+    weights = (model / "unet" / "diffusion_pytorch_model.safetensors").read_bytes()
+    base = hashlib.sha256(weights).hexdigest()[:12]
+    accuracy = torch.cat(right).float().mean().item()
+    return World(pipeline, captions, drawings, latents, prompt_embeds, pooled, splits, judge, accuracy, base)
+
+
+def train_judge(work_dir: Path, styles: dict, unjudged: set[str], vae) -> StyleJudge:
+    """Names the style: learns from the drawings of all captions but those to be judged, and their reconstructions."""
+    judge, path = StyleJudge(len(STYLES)), work_dir / "judge.pt"
+    if not path.exists():
+        rows = [i for i, caption in enumerate(styles["captions"]) if caption not in unjudged]
+        drawn = [torch.from_numpy(styles[style][rows]).permute(0, 3, 1, 2) for style in STYLES]
+        versions = [images.float() / 127.5 - 1 for images in drawn]
+        versions += [build_demo.reconstruct(vae, images) for images in drawn]
+        labels = torch.arange(len(STYLES)).repeat(2).repeat_interleave(16)
+        optimizer = torch.optim.AdamW(judge.parameters(), lr=2e-3, weight_decay=0.1)
+        generator = torch.Generator().manual_seed(0)
+        schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, JUDGE_STEPS)
+        for _ in tqdm(range(JUDGE_STEPS), desc="judge"):
+            index = torch.randint(len(rows), (16,), generator=generator)
+            shift = torch.randint(-3, 4, (2,), generator=generator).tolist()
+            batch = torch.cat([images[index] for images in versions]).roll(shift, (2, 3))
+            loss = F.cross_entropy(judge(batch), labels, label_smoothing=0.05)
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            schedule.step()
+        torch.save(judge.state_dict(), path)
+    judge.load_state_dict(torch.load(path, weights_only=True))
+    return judge.eval().requires_grad_(False)
+
+
+def make_pairs(task: str, indices: list[int], noise: float = 0.0) -> np.ndarray:
+    """(N, 3): caption, style of the winner, style of the loser; a fraction `noise` of the labels is swapped."""
+    random = np.random.default_rng(0)
+    rows = []
+    for i in range(1 + max(indices)):  # the same pairs whatever the selection
+        a, b = random.permutation(len(FOUNDRIES))[:2]
+        if task == "preference":
+            utilities = [UTILITY[STYLES[k]] for k in (a, b)]
+            chosen = random.random() < 1 / (1 + np.exp(utilities[1] - utilities[0]))
+            rows.append((i, a, b) if chosen else (i, b, a))
+        else:
+            winner = STYLES.index(PREFERRED[task])
+            rows.append((i, winner, b if a == winner else a))
+        if random.random() < noise:
+            rows[-1] = (i, *rows[-1][:0:-1])
+    return np.array(rows)[indices]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# One run
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def errors(unet, reference, world: World, rows: torch.Tensor, noise, timesteps, scheduler) -> Errors:
+    """The errors of winners and losers that share noise and timestep. Shape: rows (B, 3), noise (B, 4, 16, 16)"""
+    noise, timesteps = noise.repeat(2, 1, 1, 1), timesteps.repeat(2)
+    latents = torch.cat([world.latents[rows[:, side], rows[:, 0]] for side in (1, 2)])
+    noisy = scheduler.add_noise(latents, noise, timesteps)
+    time_ids = torch.tensor([64.0, 64, 0, 0, 64, 64]).repeat(len(noisy), 1)
+    conditions = {"text_embeds": world.pooled[rows[:, 0]].repeat(2, 1), "time_ids": time_ids}
+    inputs = (noisy, timesteps, world.prompt_embeds[rows[:, 0]].repeat(2, 1, 1))
+    prediction = unet(*inputs, added_cond_kwargs=conditions).sample
+    both = (prediction - noise).square().mean((1, 2, 3)).chunk(2)
+    start = (None, None)
+    if reference is not None:
+        with torch.no_grad():
+            start = (reference(*inputs, added_cond_kwargs=conditions).sample - noise).square().mean((1, 2, 3)).chunk(2)
+    return Errors(*both, *start, prediction, noise)
+
+
+def train(setting: dict, world: World) -> tuple[object, dict[str, float]]:
+    """The UNet after STEPS steps of BATCH pairs from the base, and what its steps cost and weighed."""
+    from diffusers import DDPMScheduler
+
+    scheduler = DDPMScheduler.from_config(world.pipeline.scheduler.config)
+    unet = copy.deepcopy(world.pipeline.unet).train()
+    reference = world.pipeline.unet if setting["method"] == "Diffusion-DPO" else None
+    captions = world.splits["train"]
+    captions = captions[:: -(-len(captions) // setting["pairs"])] if setting["pairs"] else captions
+    pairs = torch.from_numpy(make_pairs(setting["task"], captions, setting["noise"]))
+    generator = torch.Generator().manual_seed(setting["seed"])
+    optimizer = torch.optim.AdamW(unet.parameters(), lr=setting["rate"], weight_decay=1e-2)
+    order, weights, started = torch.tensor([], dtype=torch.long), [], time.monotonic()
+    for step in range(STEPS):
+        while len(order) < BATCH:
+            order = torch.cat([order, torch.randperm(len(pairs), generator=generator)])
+        rows, order = pairs[order[:BATCH]], order[BATCH:]
+        noise = torch.randn(BATCH, *world.latents.shape[2:], generator=generator)
+        timesteps = torch.randint(1000, (BATCH,), generator=generator)
+        if setting["method"] == "SFT":
+            rows = rows[:, [0, 1, 1]]
+        found = errors(unet, reference, world, rows, noise, timesteps, scheduler)
+        loss = method_loss(setting, found)
+        for group in optimizer.param_groups:
+            group["lr"] = setting["rate"] * min(1, (step + 1) / WARMUP)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(unet.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        if setting["method"].startswith("MaPO"):
+            logs = mapo_loss(found.model_pred.detach(), found.target, setting["beta"])
+            weights.append(logs.margin_weight.mean().item())
+    figures = {"train_s": time.monotonic() - started}
+    if weights:
+        figures["margin_weight"] = float(np.mean(weights))
+    return unet.eval(), figures
+
+
+@torch.no_grad()
+def pair_figures(unet, world: World, setting: dict) -> dict[str, float]:
+    """mse_w, mse_l and implicit accuracy on the split's pairs, at the same noise and eight timesteps each."""
+    from diffusers import DDPMScheduler
+
+    scheduler = DDPMScheduler.from_config(world.pipeline.scheduler.config)
+    rows = torch.from_numpy(make_pairs(setting["task"], world.splits[setting["split"]]))
+    generator, found = torch.Generator().manual_seed(1), []
+    for timestep in range(62, 1000, 125):
+        noise = torch.randn(len(rows), *world.latents.shape[2:], generator=generator)
+        found.append(errors(unet, None, world, rows, noise, torch.full((len(rows),), timestep), scheduler))
+    mse_w, mse_l = (torch.stack([e[side] for e in found]).mean(0) for side in (0, 1))
+    accuracy = (mse_w < mse_l).float().mean()
+    return {"mse_w": mse_w.mean().item(), "mse_l": mse_l.mean().item(), "accuracy": accuracy.item()}
+
+
+@torch.no_grad()
+def image_figures(images: list[Image.Image], world: World, setting: dict) -> dict:
+    """Figures of one image for each caption of the split:
+
+    - preferred: mean over images of what their style, as the judge names it, is worth to the task: 1 for the preferred
+      foundry, in `preference` the utility
+    - recognised: fraction whose nearest drawing, in pixels, of all styles' of all captions, is one of their caption
+    - score: mean of the one times the other, by which settings are chosen; `scores` has it for each image
+    - distance: to that drawing, root mean square over the pixels, of 255 levels
+    - frechet: distance in the judge's features to the drawings that are chosen in the split's pairs
+    - similarity: mean cosine of the same features of an image and its caption's chosen drawing
+    """
+    batch, indices = to_batch(images), world.splits[setting["split"]]
+    drawings = world.drawings.flatten(0, 1).flatten(1)
+    distance, nearest = (torch.cdist(batch.flatten(1), drawings) * 127.5 / drawings.shape[1] ** 0.5).min(1)
+    recognised = (nearest % len(world.captions) == torch.tensor(indices)).float()
+    worth = [float(UTILITY[s] if setting["task"] == "preference" else s == PREFERRED[setting["task"]]) for s in STYLES]
+    preferred = torch.tensor(worth)[world.judge(batch).argmax(1)]
+    pairs = make_pairs(setting["task"], indices)
+    features = [world.judge.features(x) for x in (batch, world.drawings[pairs[:, 1], pairs[:, 0]])]
+    figures = {"preferred": preferred.mean(), "recognised": recognised.mean(), "distance": distance.mean()}
+    figures["frechet"], figures["similarity"] = frechet_distance(*features), F.cosine_similarity(*features).mean()
+    figures["score"] = (preferred * recognised).mean()
+    return {k: float(v) for k, v in figures.items()} | {"scores": (preferred * recognised).tolist()}
+
+
+def frechet_distance(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+    """Between Gaussians with the samples' means and covariances. Shape: (N, D), (M, D) -> ()
+
+    The trace of the root of the product of two covariances is the nuclear norm of the product of the centred samples,
+    which needs no root of a matrix and holds where D is above N.
+    """
+    means = a.double().mean(0), b.double().mean(0)
+    a, b = ((x.double() - mean) / (len(x) - 1) ** 0.5 for x, mean in zip((a, b), means))
+    trace = a.square().sum() + b.square().sum() - 2 * torch.linalg.matrix_norm(a @ b.T, "nuc")
+    return (means[0] - means[1]).square().sum() + trace
+
+
+def run(setting: dict, world: World, images_dir: Path) -> dict:
+    """Trains (but the base), measures, keeps twelve images."""
+    unet, figures = world.pipeline.unet, {}
+    if setting["method"] != "base":
+        unet, figures = train(setting, world)
+    figures |= pair_figures(unet, world, setting)
+    pipeline = world.pipeline.__class__(**{**world.pipeline.components, "unet": unet}, add_watermarker=False)
+    images = generate(pipeline, [world.captions[i] for i in world.splits[setting["split"]]])
+    row = np.concatenate([np.asarray(image) for image in images[2::4][:12]], axis=1)
+    images_dir.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(row).save(images_dir / f"{file_name(setting)}.png")
+    return figures | image_figures(images, world, setting)
+
+
+def file_name(setting: dict) -> str:
+    return "_".join(str(setting[key]).replace(" ", "").replace("'", "") for key in KEYS)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Stages
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+class Runs:
+    """Lines of a file, each a setting with its figures; `get` runs what isn't there."""
+
+    def __init__(self, path: Path, world: World, images_dir: Path) -> None:
+        self.path, self.world, self.images_dir = path, world, images_dir
+        lines = path.read_text().splitlines() if path.exists() else []
+        self.rows = [row for row in map(json.loads, lines) if row["base"] == world.base]
+
+    def get(self, task: str, method: str, **changes) -> dict:
+        setting = {"task": task, "method": method, "beta": 0, "rate": 0, "safeguard": None, "pairs": 0, "noise": 0.0}
+        if "safeguard" in method:
+            setting["safeguard"] = 0.9
+        setting |= {"seed": 0, "split": "test"} | changes
+        for row in self.rows:
+            if setting.items() <= row.items():
+                return row
+        started = time.monotonic()
+        figures = run(setting, self.world, self.images_dir)
+        row = setting | {"base": self.world.base} | figures | {"s": round(time.monotonic() - started, 1)}
+        self.rows.append(row)
+        with self.path.open("a") as file:
+            file.write(json.dumps(row) + "\n")
+        print(
+            " ".join(f"{k}={v:.3g}" if isinstance(v, float) else f"{k}={v}" for k, v in row.items() if k != "scores")
+        )
+        return row
+
+    def best(self, task: str, method: str) -> dict[str, float]:
+        """The method's beta and rate with the highest score on the validation captions, among those tried."""
+        betas, rates = (GRID | FORMS)[method]
+        tried = [self.get(task, method, beta=beta, rate=rate, split="validation") for beta in betas for rate in rates]
+        found = max(tried, key=lambda row: row["score"])
+        return {"beta": found["beta"], "rate": found["rate"]}
+
+
+def methods_of(task: str) -> list[str]:
+    if task == "other_style":
+        return [method for method in GRID if method.startswith("MaPO")]
+    return [*GRID, *(FORMS if task == FORMS_TASK else ())]
+
+
+def stage_search(runs: Runs, tasks: list[str]) -> None:
+    for task in tasks:
+        runs.get(task, "base", split="validation")
+        for method in methods_of(task):
+            runs.best(task, method)
+
+
+def stage_final(runs: Runs, tasks: list[str]) -> None:
+    for task in tasks:
+        runs.get(task, "base")
+        for seed in SEEDS:
+            for method in methods_of(task):
+                runs.get(task, method, **runs.best(task, method), seed=seed)
+
+
+def stage_safeguard(runs: Runs, tasks: list[str]) -> None:
+    """The strength of the safeguard, at plain MaPO's best beta and rate."""
+    for task in tasks:
+        for safeguard in (0.0, 0.5, 0.8, 0.9):
+            runs.get(task, "MaPO, safeguard", **runs.best(task, "MaPO"), safeguard=safeguard)
+
+
+def stage_betas(runs: Runs, tasks: list[str]) -> None:
+    for task in tasks:
+        for beta in (0.1, 1, 8, 64, 512, 4096):
+            runs.get(task, "MaPO", beta=beta, rate=runs.best(task, "MaPO")["rate"])
+
+
+def stage_pairs(runs: Runs, tasks: list[str]) -> None:
+    for task in tasks:
+        for pairs in (25, 50, 99):
+            for method in GRID:
+                runs.get(task, method, **runs.best(task, method), pairs=pairs)
+
+
+def stage_noise(runs: Runs, tasks: list[str]) -> None:
+    for task in tasks:
+        for noise in (0.2, 0.4):
+            for method in GRID:
+                runs.get(task, method, **runs.best(task, method), noise=noise)
+
+
+STAGES = {
+    "search": stage_search,
+    "final": stage_final,
+    "safeguard": stage_safeguard,
+    "betas": stage_betas,
+    "pairs": stage_pairs,
+    "noise": stage_noise,
+}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Report
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+FIGURES = ("preferred", "recognised", "score", "distance", "frechet", "mse_w", "mse_l", "accuracy")
+
+
+def table(head: list[str], lines: list[list[str]]) -> str:
+    return "\n".join("| " + " | ".join(line) + " |" for line in (head, ["---"] * len(head), *lines)) + "\n"
+
+
+def describe(rows: list[dict]) -> list[str]:
+    """The mean over seeds of each figure; of the score with a 95 % interval over captions and seeds."""
+    cells = [f"{np.mean([row[name] for row in rows]):.3g}" for name in FIGURES]
+    scores = np.concatenate([row["scores"] for row in rows])
+    captions = list(range(len(rows[0]["scores"]))) * len(rows)
+    low, high = bootstrap_interval(scores, captions)
+    cells[FIGURES.index("score")] += f" ({low:.2f} to {high:.2f})"
+    return cells
+
+
+def select(runs: Runs, **wanted) -> list[dict]:
+    return [row for row in runs.rows if wanted.items() <= row.items()]
+
+
+def name_setting(setting: dict) -> str:
+    beta = f"beta {setting['beta']:g}, " if setting["beta"] else ""
+    return f"{beta}{setting['rate']:g}"
+
+
+def final_rows(runs: Runs, task: str, method: str) -> list[dict]:
+    """The runs of the method's best setting, one a seed; empty before the stage `final`."""
+    if method == "base":
+        return select(runs, task=task, method=method, split="test")
+    tried = select(runs, task=task, method=method, split="validation")
+    if not tried:
+        return []
+    best = max(tried, key=lambda row: row["score"])
+    keys = ("task", "method", "beta", "rate", "safeguard")
+    return select(runs, **{key: best[key] for key in keys}, pairs=0, noise=0.0, split="test")
+
+
+def write_report(runs: Runs, folder: Path) -> None:
+    """report.md, curves.png and a strip of images for each task, of the runs that there are."""
+    folder.mkdir(parents=True, exist_ok=True)
+    world, parts = runs.world, []
+    for task in TASKS:
+        found = {method: final_rows(runs, task, method) for method in ("base", *GRID, *FORMS)}
+        found = {method: rows for method, rows in found.items() if rows}
+        if not found:
+            continue
+        lines = [
+            [method, name_setting(rows[0]) if rows[0]["rate"] else "", str(len(rows)), *describe(rows)]
+            for method, rows in found.items()
+        ]
+        parts.append(f"## {task}\n\nSimilarity of the base's images and the winners: ")
+        parts[-1] += f"{found['base'][0]['similarity']:.2f}\n\n" if "base" in found else "\n\n"
+        parts[-1] += table(["method", "best setting", "seeds", *FIGURES], lines)
+        tried = select(runs, task=task, split="validation")
+        lines = [[row["method"], name_setting(row), *describe([row])] for row in tried if row["rate"]]
+        parts[-1] += "\nAll settings that were tried, on the validation captions:\n\n"
+        parts[-1] += table(["method", "setting", *FIGURES], lines)
+        swept = [
+            row for row in select(runs, task=task, split="test", seed=0, pairs=0, noise=0.0)
+            if row["method"].startswith("MaPO")
+        ]  # fmt: skip
+        swept.sort(key=lambda row: (row["beta"], row["rate"], -1 if row["safeguard"] is None else row["safeguard"]))
+        lines = [
+            [name_setting(row), str(row["safeguard"]), f"{row['margin_weight']:.3g}", *describe([row])]
+            for row in swept
+        ]
+        parts[-1] += "\nMaPO, on the test captions, seed 0:\n\n"
+        parts[-1] += table(["setting", "safeguard", "margin's weight", *FIGURES], lines)
+        parts[-1] += f"\n![{task}]({task}.png)\n"
+        make_strip(runs, found).save(folder / f"{task}.png")
+    plot_curves(runs, folder / "curves.png")
+    parts.append("![curves](curves.png)\n")
+    head = f"The judge names {world.judge_accuracy:.1%} of unseen drawings right after the VAE. Base {world.base}."
+    (folder / "report.md").write_text("\n".join([f"# The paper in miniature\n\n{head}\n", *parts]))
+
+
+def make_strip(runs: Runs, found: dict[str, list[dict]]) -> Image.Image:
+    """One row of images for each method, seed 0; the drawings that were to be learnt in the last."""
+    from PIL import ImageDraw, ImageFont
+
+    rows = {method: Image.open(runs.images_dir / f"{file_name(rows[0])}.png") for method, rows in found.items()}
+    task, world = found["base"][0]["task"], runs.world
+    pairs = make_pairs(task, world.splits["test"])[2::4][:12]
+    chosen = (world.drawings[pairs[:, 1], pairs[:, 0]] + 1) * 127.5
+    rows["chosen"] = Image.fromarray(np.concatenate(chosen.permute(0, 2, 3, 1).byte().numpy(), axis=1))
+    width, height = rows["base"].size
+    strip = Image.new("RGB", (150 + width, (height + 6) * len(rows)), "white")
+    pen = ImageDraw.Draw(strip)
+    for i, (method, row) in enumerate(rows.items()):
+        pen.text((6, i * (height + 6) + height // 2), method, "black", ImageFont.load_default(13), "lm")
+        strip.paste(row, (150, i * (height + 6)))
+    return strip
+
+
+def plot_curves(runs: Runs, path: Path) -> None:
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(13, 8), layout="constrained")
+    axes = figure.subplots(2, 3).flat
+    x, gains = [], []
+    for task in TASKS:
+        rows = {method: final_rows(runs, task, method) for method in ("base", "MaPO", "Diffusion-DPO")}
+        if all(rows.values()):
+            x.append(rows["base"][0]["similarity"])
+            gains.append(
+                np.mean([r["score"] for r in rows["MaPO"]]) - np.mean([r["score"] for r in rows["Diffusion-DPO"]])
+            )
+            axes[0].annotate(task, (x[-1], gains[-1]))
+        sweep = select(runs, task=task, method="MaPO", split="test", seed=0, pairs=0, noise=0.0)
+        best = final_rows(runs, task, "MaPO")
+        sweep = sorted((row for row in sweep if best and row["rate"] == best[0]["rate"]), key=lambda row: row["beta"])
+        betas = [row["beta"] for row in sweep]
+        axes[1].semilogx(betas, [row["score"] for row in sweep], marker="o", label=task)
+        axes[2].loglog(betas, [row["margin_weight"] for row in sweep], marker="o", label=task)
+    axes[0].scatter(x, gains)
+    axes[0].axhline(0, color="grey", linewidth=0.5)
+    axes[0].set(xlabel="similarity of base and winners (right: less mismatch)", ylabel="score: MaPO - Diffusion-DPO")
+    axes[1].set(xlabel="beta of MaPO", ylabel="score")
+    axes[2].set(xlabel="beta of MaPO", ylabel="weight of the margin's gradient (SFT term: 1)")
+    for method in GRID:
+        rows = final_rows(runs, FORMS_TASK, method)
+        if rows:
+            keys = ("task", "method", "beta", "rate", "safeguard", "split", "seed")
+            same = select(runs, **{key: rows[0][key] for key in keys})
+            number = len(runs.world.splits["train"])
+            pairs = sorted((row["pairs"] or number, row["score"]) for row in same if not row["noise"])
+            noise = sorted((row["noise"], row["score"]) for row in same if not row["pairs"])
+            axes[3].plot(*zip(*pairs), marker="o", label=method)
+            axes[4].plot(*zip(*noise), marker="o", label=method)
+    axes[3].set(xlabel=f"pairs ({FORMS_TASK})", ylabel="score")
+    axes[4].set(xlabel=f"fraction of swapped labels ({FORMS_TASK})", ylabel="score")
+    for method in ("base", *GRID, *FORMS):
+        rows = [row for task in TASKS for row in final_rows(runs, task, method)]
+        axes[5].scatter([row["mse_w"] for row in rows], [row["score"] for row in rows], label=method)
+    axes[5].set(xlabel="mse_w on held-out pairs", ylabel="score, all tasks")
+    for axis in axes[1:]:
+        if axis.get_legend_handles_labels()[0]:
+            axis.legend(fontsize=7)
+    figure.savefig(path, dpi=90)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--only", nargs="+", choices=[*STAGES, "report"], default=[*STAGES, "report"])
+    parser.add_argument("--tasks", nargs="+", choices=TASKS, default=list(TASKS))
+    parser.add_argument("--results", type=Path, default=REPO / "benchmarks" / "results" / "miniature.jsonl")
+    parser.add_argument("--work_dir", type=Path, default=DEMO / "build" / "miniature", help="Drawings, judge, images.")
+    parser.add_argument("--report_dir", type=Path, default=REPO / "benchmarks" / "miniature")
+    args = parser.parse_args()
+    world = make_world(args.work_dir)
+    counts = ", ".join(f"{len(indices)} {split}" for split, indices in world.splits.items())
+    print(f"captions: {counts}; the judge names {world.judge_accuracy:.1%} of unseen drawings right after the VAE")
+    runs = Runs(args.results, world, args.work_dir / "images")
+    for name in args.only:
+        if name in STAGES:
+            STAGES[name](runs, args.tasks)
+        else:
+            write_report(runs, args.report_dir)
+
+
+if __name__ == "__main__":
+    main()

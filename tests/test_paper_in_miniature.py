@@ -1,0 +1,109 @@
+# Copyright 2026 The MaPO reference implementation authors. All rights reserved.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""The baselines of benchmarks/paper_in_miniature.py against their papers, and a small run of all its stages."""
+
+import json
+import math
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "benchmarks"))
+import paper_in_miniature as miniature  # noqa: E402
+
+
+def test_diffusion_dpo_is_its_papers_loss():
+    """Eq. 14 of arXiv 2311.12908, pair by pair in Python's floats, which are float64."""
+    mse_w, mse_l, ref_w, ref_l = torch.rand(4, 5, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    beta, total = 30.0, 0.0
+    for won, lost, ref_won, ref_lost in zip(*(x.tolist() for x in (mse_w, mse_l, ref_w, ref_l))):
+        inside = -(beta / 2) * (won - ref_won - (lost - ref_lost))
+        total += -math.log(1 / (1 + math.exp(-inside)))
+    assert miniature.diffusion_dpo_loss(mse_w, mse_l, ref_w, ref_l, beta).item() == pytest.approx(total / 5, rel=1e-12)
+
+
+def test_the_forms_of_simpo_and_orpo():
+    mse_w, mse_l = torch.tensor([0.1], dtype=torch.float64), torch.tensor([0.3], dtype=torch.float64)
+    simpo = -math.log(1 / (1 + math.exp(-7 * (0.3 - 0.1))))
+    assert miniature.simpo_loss(mse_w, mse_l, 7).item() == pytest.approx(simpo, rel=1e-12)
+    odds_w, odds_l = (math.exp(-x) / (1 - math.exp(-x)) for x in (0.1, 0.3))
+    orpo = 0.1 - 2 * math.log(1 / (1 + odds_l / odds_w))
+    assert miniature.orpo_loss(mse_w, mse_l, 2).item() == pytest.approx(orpo, rel=1e-12)
+
+
+def test_frechet_distance_is_that_of_the_gaussians():
+    from scipy.linalg import sqrtm
+
+    random = np.random.default_rng(0)
+    a, b = random.normal(size=(40, 6)), random.normal(1, 2, size=(30, 6))
+    covariances = np.cov(a, rowvar=False), np.cov(b, rowvar=False)
+    expected = ((a.mean(0) - b.mean(0)) ** 2).sum() + np.trace(sum(covariances)) - 2 * np.trace(sqrtm(
+        covariances[0] @ covariances[1])).real  # fmt: skip
+    found = miniature.frechet_distance(torch.from_numpy(a), torch.from_numpy(b))
+    assert found.item() == pytest.approx(expected, rel=1e-9)
+
+
+def test_pairs_follow_the_tasks():
+    captions = list(range(400))
+    known = miniature.make_pairs("known_style", captions)
+    assert (known[:, 1] == miniature.STYLES.index("openmoji")).all() and (known[:, 1] != known[:, 2]).all()
+    swapped = miniature.make_pairs("known_style", captions, noise=0.25)
+    differ = (known != swapped).any(1)
+    assert 70 < differ.sum() < 130 and (swapped[differ][:, [0, 2, 1]] == known[differ]).all()
+    # Bradley-Terry: fluent (2.0) over twemoji (0.0) in 88 of 100
+    labels = miniature.make_pairs("preference", list(range(4000)))
+    fluent, twemoji = miniature.STYLES.index("fluent"), miniature.STYLES.index("twemoji")
+    met = labels[(np.sort(labels[:, 1:], 1) == sorted((fluent, twemoji))).all(1)]
+    assert (met[:, 1] == fluent).mean() == pytest.approx(1 / (1 + math.exp(-2)), abs=0.04)
+    # a selection has the same pairs
+    assert (miniature.make_pairs("preference", [3, 17]) == labels[[3, 17]]).all()
+
+
+@pytest.fixture
+def small(monkeypatch, tmp_path):
+    """Two steps, a judge of three, the demo's own drawings with their negatives for the style that npm would bring."""
+    captions, sheets = miniature.load_sheets()
+    arrays = {style: np.stack([np.asarray(image) for image in images]) for style, images in sheets.items()}
+    arrays |= {"fluent_3d": 255 - arrays["noto"], "captions": np.array(captions)}
+    monkeypatch.setattr(miniature, "render_styles", lambda work_dir: arrays)
+    monkeypatch.setattr(miniature, "STEPS", 2)
+    monkeypatch.setattr(miniature, "JUDGE_STEPS", 3)
+    grid = {method: ((beta,), (1e-4,)) for method, beta in (("SFT", 0), ("Diffusion-DPO", 100), ("MaPO", 8))}
+    monkeypatch.setattr(miniature, "GRID", grid)
+    monkeypatch.setattr(miniature, "FORMS", {})
+    monkeypatch.setattr(miniature, "SEEDS", (0,))
+    monkeypatch.setattr(miniature, "MAX_CAPTIONS", 4)
+    return tmp_path
+
+
+def test_stages_and_report(small, monkeypatch, capsys):
+    flags = [f"--work_dir={small / 'work'}", f"--results={small / 'runs.jsonl'}", f"--report_dir={small / 'report'}"]
+    flags += ["--tasks", "known_style", "--only", "search", "final", "report"]
+    monkeypatch.setattr(sys, "argv", ["paper_in_miniature.py", *flags])
+    miniature.main()
+    rows = [json.loads(line) for line in (small / "runs.jsonl").open()]
+    assert [row["split"] for row in rows].count("validation") == 1 + 3
+    assert [row["split"] for row in rows].count("test") == 1 + 3
+    base, *runs = [row for row in rows if row["split"] == "test"]
+    assert base["method"] == "base" and all(row["mse_w"] != base["mse_w"] for row in runs)
+    report = (small / "report" / "report.md").read_text()
+    assert "| Diffusion-DPO | beta 100, " in report and (small / "report" / "known_style.png").exists()
+    capsys.readouterr()
+    miniature.main()  # everything is there: nothing is run
+    assert "method=" not in capsys.readouterr().out
+    assert len((small / "runs.jsonl").read_text().splitlines()) == len(rows)
