@@ -23,8 +23,6 @@ os.environ.pop("PYTHONWARNINGS", None)  # what the scripts print is judged as us
 REPO = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(REPO))
 
-LAUNCH = [sys.executable, "-m", "accelerate.commands.launch", str(REPO / "train_diffusion_mapo_sdxl.py")]
-
 # A run of seconds; flags of a test come after these and win.
 SHORT = (
     "--max_train_steps=4 --train_batch_size=4 --max_train_samples=16 --validation_num_inference_steps=2 "
@@ -97,12 +95,13 @@ def train(hub_cache, small_model, tmp_path):
 
 @pytest.fixture
 def launch(hub_cache, tmp_path):
-    """Runs the script in processes of its own, as users do; returns the finished process with its output."""
+    """`launch(script, "--beta_mapo=8")`: in processes of its own, as users do -> the finished one with its output."""
 
-    def run(*flags: str, command: list[str] = LAUNCH, check: bool = True) -> subprocess.CompletedProcess:
-        command = [*command, *flags, f"--cache_dir={hub_cache}"]
+    def run(script: str, *flags: str) -> subprocess.CompletedProcess:
+        command = [sys.executable, "-m", "accelerate.commands.launch", str(REPO / script), *flags]
+        command.append(f"--cache_dir={hub_cache}")
         done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=900)
-        assert not check or done.returncode == 0, done.stdout + done.stderr
+        assert done.returncode == 0, done.stdout + done.stderr
         return done
 
     return run

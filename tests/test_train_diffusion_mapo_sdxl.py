@@ -36,7 +36,7 @@ def read_metrics(out) -> list[dict]:
 
 
 def test_the_readmes_command_shifts_the_style(launch, tmp_path):
-    done = launch("--beta_mapo", "8")
+    done = launch("train_diffusion_mapo_sdxl.py", "--beta_mapo", "8")
 
     lines = [line for line in done.stdout.splitlines() if line.strip()]
     assert lines[0].startswith(

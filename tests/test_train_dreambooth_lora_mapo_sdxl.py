@@ -96,10 +96,6 @@ def runs(script, hub_cache, tmp_path_factory):
     return run
 
 
-def launch_command(*flags: str) -> list[str]:
-    return [sys.executable, "-m", "accelerate.commands.launch", SCRIPT, *flags]
-
-
 def load_plain(out, tokens=("<cat>",), weight_name="pytorch_lora_weights.safetensors"):
     """What the snippet of the model card does."""
     from inference.reward_guidance import load_personalized_pipeline
@@ -133,12 +129,9 @@ def read_metrics(out) -> list[dict]:
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def test_the_demo_makes_samples_more_like_the_subject_and_says_so(hub_cache, tmp_path):
+def test_the_demo_makes_samples_more_like_the_subject_and_says_so(launch, tmp_path):
     short = "--max_train_steps=60 --num_inference_steps=8 --num_rejected_per_image=1".split()
-    done = subprocess.run(
-        launch_command(*short, f"--cache_dir={hub_cache}"), cwd=tmp_path, capture_output=True, text=True, timeout=900
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
+    done = launch("train_dreambooth_lora_mapo_sdxl.py", *short)
     lines = [line for line in done.stdout.splitlines() if line.strip()]
     assert lines[0].startswith(
         "Neither --pretrained_model_name_or_path nor --instance_data_dir is given: training the"
