@@ -291,6 +291,8 @@ def load_pairs(source: str, flag: str, split: str = "train"):
     """
     import train_diffusion_mapo_sdxl as training
 
+    if split != "train" and (Path(source) / "w").is_dir():
+        fail(f"--split {split}: {source} has w/ and l/, which belong to no split")
     settings = training.parse_args(["--pretrained_model_name_or_path=none", f"--dataset_name={source}"])
     try:
         pairs = training.PreferencePairs(training.load_dataset(settings, split)[0], settings)

@@ -15,6 +15,7 @@ if worker := os.environ.get("PYTEST_XDIST_WORKER"):
 
 import pytest  # noqa: E402
 import torch  # noqa: E402
+from small_model import PAIRS, write_model  # noqa: E402
 
 
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -22,12 +23,10 @@ os.environ.pop("PYTHONWARNINGS", None)  # what the scripts print is judged as us
 REPO = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(REPO))
 
-LAUNCH = [sys.executable, "-m", "accelerate.commands.launch", str(REPO / "train_diffusion_mapo_sdxl.py")]
-
 # A run of seconds; flags of a test come after these and win.
 SHORT = (
     "--max_train_steps=4 --train_batch_size=4 --max_train_samples=16 --validation_num_inference_steps=2 "
-    "--num_validation_pairs=4 --validation_prompts rocket"
+    "--validation_guidance_scale=2 --num_validation_pairs=4 --validation_prompts rocket"
 ).split()
 
 
@@ -70,17 +69,25 @@ def hub_cache(tmp_path_factory) -> Path:
     return cache
 
 
-@pytest.fixture
-def train(hub_cache, tmp_path):
-    """Runs the script in this process: `train("--beta_mapo=8")` -> its output folder."""
+@pytest.fixture(scope="session")
+def small_model(tmp_path_factory) -> Path:
+    return write_model(tmp_path_factory.mktemp("model") / "model")
 
-    def run(*flags: str, output_dir: str = "out") -> Path:
+
+@pytest.fixture
+def train(hub_cache, small_model, tmp_path):
+    """Runs the script in this process: `train("--beta_mapo=8")` -> its output folder. On the small model and the
+    demo's pairs, unless flags name others; as the demo with `demo=True`, which takes ten times as long."""
+
+    def run(*flags: str, output_dir: str = "out", demo: bool = False) -> Path:
         import train_diffusion_mapo_sdxl as script
         from accelerate.state import AcceleratorState
 
         AcceleratorState._reset_state(reset_partial_state=True)
+        named = [f"--pretrained_model_name_or_path={small_model}", f"--dataset_name={PAIRS}", "--resolution=64"]
+        named = [] if demo else named
         out = tmp_path / output_dir
-        script.main(script.parse_args([*SHORT, f"--output_dir={out}", f"--cache_dir={hub_cache}", *flags]))
+        script.main(script.parse_args([*named, *SHORT, f"--output_dir={out}", f"--cache_dir={hub_cache}", *flags]))
         return out
 
     return run
@@ -88,12 +95,13 @@ def train(hub_cache, tmp_path):
 
 @pytest.fixture
 def launch(hub_cache, tmp_path):
-    """Runs the script in processes of its own, as users do; returns the finished process with its output."""
+    """`launch(script, "--beta_mapo=8")`: in processes of its own, as users do -> the finished one with its output."""
 
-    def run(*flags: str, command: list[str] = LAUNCH, check: bool = True) -> subprocess.CompletedProcess:
-        command = [*command, *flags, f"--cache_dir={hub_cache}"]
+    def run(script: str, *flags: str) -> subprocess.CompletedProcess:
+        command = [sys.executable, "-m", "accelerate.commands.launch", str(REPO / script), *flags]
+        command.append(f"--cache_dir={hub_cache}")
         done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=900)
-        assert not check or done.returncode == 0, done.stdout + done.stderr
+        assert done.returncode == 0, done.stdout + done.stderr
         return done
 
     return run

@@ -5,8 +5,10 @@ import json
 import math
 import os
 import re
+import runpy
 import signal
 import subprocess
+import sys
 import time
 from pathlib import Path
 from types import SimpleNamespace
@@ -849,6 +851,18 @@ def test_score_agrees_with_the_labels_of_the_demo(tmp_path, capsys):
     assert f"style: agrees with {share:.1%} of 50 labels" in capsys.readouterr().out
 
 
+def test_folders_of_winners_and_losers_have_no_split(tmp_path):
+    for side in "wl":
+        (tmp_path / side).mkdir()
+        Image.new("RGB", (16, 16), "red").save(tmp_path / side / "0.png")
+    (tmp_path / "0.txt").write_text("red square")
+    flags = [f"--pairs={tmp_path}", "--metrics=style", f"--output={tmp_path / 's.jsonl'}"]
+    with pytest.raises(SystemExit, match="--split test: .* has w/ and l/, which belong to no split"):
+        run(score, *flags, "--split=test")
+    run(score, *flags)
+    assert len(rows_of(tmp_path / "s.jsonl")) == 2
+
+
 def test_score_takes_a_table_and_names_what_it_cannot_read(tmp_path):
     Image.new("RGB", (16, 16), "red").save(tmp_path / "red.png")
     (tmp_path / "torn.png").write_bytes((tmp_path / "red.png").read_bytes()[:30])
@@ -1224,7 +1238,10 @@ def test_folders_of_images(tmp_path):
     assert rows_of(tmp_path / "a" / "scores.jsonl")[0]["path"] == "within/0.png"
 
 
-def test_help_of_the_list_of_metrics(tmp_path):
-    process = start("evaluation/metrics.py", "--help", cwd=tmp_path)
-    said, errors = process.communicate(timeout=600)
-    assert process.returncode == 0 and "| pickscore |" in said and not errors, errors
+def test_help_of_the_list_of_metrics(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["metrics.py", "--help"])
+    with pytest.raises(SystemExit) as done:
+        runpy.run_path(REPO / "evaluation" / "metrics.py", run_name="__main__")
+    said, errors = capsys.readouterr()
+    assert done.value.code == 0 and "| pickscore |" in said and not errors, errors

@@ -12,8 +12,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import train_diffusion_mapo_sdxl as script
 from accelerate.commands.config.config_args import ClusterConfig, load_config_from_file
 from accelerate.commands.launch import _validate_launch_command, launch_command_parser
+from accelerate.state import AcceleratorState
 from conftest import REPO, read_weights
 from PIL import Image
 from safetensors.torch import load_file, save_file
@@ -21,9 +23,13 @@ from small_model import write_model, write_pairs
 
 
 SCRIPT = str(REPO / "train_diffusion_mapo_sdxl.py")
-TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2"]
+# The script, and at its end what is left of DDP: if anything, then now and then a process waits for gloo's threads
+# forever after "Done".
+COUNT_DDP = str(REPO / "tests" / "count_ddp.py")
+TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", COUNT_DDP]
 FSDP2 = [sys.executable, "-m", "accelerate.commands.launch", f"--config_file={REPO / 'configs' / 'fsdp2.yaml'}"]
-FSDP2 += ["--num_processes=2", "--mixed_precision=no", "--main_process_port=0", str(REPO / "tests" / "gloo_as_gpu.py")]
+FSDP2 += ["--num_processes=2", "--mixed_precision=no", "--main_process_port=0"]
+FSDP2 += [str(REPO / "tests" / "gloo_as_gpu.py"), SCRIPT]
 
 
 @pytest.fixture(scope="module")
@@ -36,25 +42,39 @@ def base(tmp_path_factory) -> list[str]:
     return (flags + "--validation_num_inference_steps=2 --validation_prompts rocket fox camera").split()
 
 
+def train_alone(base: list[str], out: Path, *flags: str) -> Path:
+    """In this process -> output folder, and the cache beside it."""
+    AcceleratorState._reset_state(reset_partial_state=True)
+    flags = [*base, BATCH_OF_ONE, f"--output_dir={out}", f"--cache_dir={out}-cache", *flags]
+    script.main(script.parse_args(flags))
+    return out
+
+
+@pytest.fixture(scope="module")
+def one(base, tmp_path_factory) -> Path:
+    """Output folder of the run in one process, which no test changes; its cache is beside it."""
+    return train_alone(base, tmp_path_factory.mktemp("one") / "out")
+
+
 @pytest.fixture
 def run(base, tmp_path):
-    """`run(launcher, name, *flags)` -> output folder, and the cache beside it."""
+    """`run(launcher, *flags)`: in two processes -> output folder, and the cache beside it."""
 
-    def start(launcher: list[str], name: str, *flags: str, check: bool = True) -> Path | subprocess.CompletedProcess:
-        command = [*launcher, SCRIPT, *base, f"--output_dir={tmp_path / name}", f"--cache_dir={tmp_path / name}-cache"]
-        env = os.environ | ({"ACCELERATE_USE_CPU": "true"} if launcher == TORCHRUN else {})
+    def start(launcher: list[str], *flags: str) -> Path:
+        out = tmp_path / "two"
+        command = [*launcher, *base, f"--output_dir={out}", f"--cache_dir={out}-cache", *flags]
+        env = os.environ | {"PYTHONFAULTHANDLER": "1"}
+        env |= {"ACCELERATE_USE_CPU": "true"} if launcher == TORCHRUN else {}
         pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-        options = {"env": env | {"PYTHONFAULTHANDLER": "1"}, "preexec_fn": one_core if launcher == ONE else all_cores}
-        with subprocess.Popen([*command, *flags], **pipes, **options) as process:
+        with subprocess.Popen(command, **pipes, env=env, preexec_fn=all_cores) as process:
             try:
-                said = process.communicate(timeout=300)
+                said = "".join(process.communicate(timeout=300))
             except subprocess.TimeoutExpired:
                 for pid in [*children_of(process), process.pid]:
                     os.kill(pid, signal.SIGABRT)  # each prints where it hangs
                 pytest.fail("hangs\n" + "".join(process.communicate()))
-        done = subprocess.CompletedProcess(process.args, process.returncode, *said)
-        assert not check or done.returncode == 0, done.stdout + done.stderr
-        return tmp_path / name if check else done
+        assert process.returncode == 0 and (launcher == FSDP2 or said.count("DDP: 0") == 2), said
+        return out
 
     return start
 
@@ -63,17 +83,11 @@ def children_of(process: subprocess.Popen) -> list[int]:
     return [int(pid) for pid in Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()]
 
 
-def one_core() -> None:
-    """On so small a model, threads that wait for one another cost more than they bring."""
-    os.sched_setaffinity(0, {max(os.sched_getaffinity(0))})
-
-
 def all_cores() -> None:
     """Those that pytest's other workers leave free, as these tests are the last ones."""
     os.sched_setaffinity(0, range(os.cpu_count()))
 
 
-ONE = [sys.executable]
 BATCH_OF_ONE, BATCH_OF_TWO = "--train_batch_size=4", "--train_batch_size=2"
 
 
@@ -93,9 +107,8 @@ def forget_the_end(out: Path) -> None:
     shutil.rmtree(out / "unet", ignore_errors=True)
 
 
-def test_two_processes_do_what_one_does_with_accumulation_validation_and_caches(run, base):
-    one = run(ONE, "one", BATCH_OF_ONE)
-    two = run(TORCHRUN, "two", "--train_batch_size=1", "--gradient_accumulation_steps=2", "--validation_steps=2")
+def test_two_processes_do_what_one_does_with_accumulation_validation_and_caches(run, one, base):
+    two = run(TORCHRUN, "--train_batch_size=1", "--gradient_accumulation_steps=2", "--validation_steps=2")
 
     assert difference(one, two) < 1e-5 < 1e-3 < difference(Path(base[0].split("=")[1]), two)
     first, second = images_in(f"{one}-cache"), images_in(f"{two}-cache")
@@ -114,19 +127,20 @@ def test_two_processes_do_what_one_does_with_accumulation_validation_and_caches(
 
     weights = read_weights(two)
     forget_the_end(two)
-    run(TORCHRUN, "two", "--train_batch_size=1", "--gradient_accumulation_steps=2", "--resume_from_checkpoint=latest")
+    again = ["--resume_from_checkpoint=latest", "--skip_final_inference"]
+    run(TORCHRUN, "--train_batch_size=1", "--gradient_accumulation_steps=2", *again)
     assert all(torch.equal(weights[name], weight) for name, weight in read_weights(two).items())
 
 
-def test_a_step_that_is_not_finite_in_one_process_is_skipped_in_both(run, base, tmp_path):
-    one = run(ONE, "one", BATCH_OF_ONE)
-    path = sorted(Path(f"{one}-cache").rglob("images-*/**/*.safetensors"))[3]  # of one pair, so of one process
+def test_a_step_that_is_not_finite_in_one_process_is_skipped_in_both(run, one, base, tmp_path):
+    shutil.copytree(f"{one}-cache", tmp_path / "one-cache")
+    path = sorted((tmp_path / "one-cache").rglob("images-*/**/*.safetensors"))[3]  # of one pair, so of one process
     tensors = load_file(path)
     save_file(tensors | {"latents": tensors["latents"] * torch.nan}, path)
-    shutil.copytree(f"{one}-cache", tmp_path / "two-cache")
-    shutil.rmtree(one)
+    shutil.copytree(tmp_path / "one-cache", tmp_path / "two-cache")
 
-    one, two = run(ONE, "one", BATCH_OF_ONE), run(TORCHRUN, "two", BATCH_OF_TWO)
+    skip = "--skip_final_inference"
+    one, two = train_alone(base, tmp_path / "one", skip), run(TORCHRUN, BATCH_OF_TWO, skip)
     skipped = [[json.loads(line)["skipped"] for line in (out / "metrics.jsonl").open()] for out in (one, two)]
     assert skipped[0] == skipped[1] and sum(skipped[0]) == 2  # 16 positions are two epochs
     assert difference(one, two) < 1e-5
@@ -135,7 +149,7 @@ def test_a_step_that_is_not_finite_in_one_process_is_skipped_in_both(run, base, 
 def test_a_signal_to_one_process_has_both_stop_with_one_checkpoint(base, tmp_path):
     out = tmp_path / "out"
     flags = [*base, "--max_train_steps=5000", "--checkpointing_steps=5000", BATCH_OF_TWO]
-    command = [*TORCHRUN, SCRIPT, *flags, f"--output_dir={out}", f"--cache_dir={tmp_path / 'cache'}"]
+    command = [*TORCHRUN, *flags, f"--output_dir={out}", f"--cache_dir={tmp_path / 'cache'}"]
     env = os.environ | {"ACCELERATE_USE_CPU": "true"}
     with subprocess.Popen(
         command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=env, preexec_fn=all_cores
@@ -145,62 +159,33 @@ def test_a_signal_to_one_process_has_both_stop_with_one_checkpoint(base, tmp_pat
             time.sleep(0.05)
         os.kill(children_of(process)[-1], signal.SIGTERM)
         said = process.communicate(timeout=300)[0]
-    assert process.returncode == 0, said
+    assert process.returncode == 0 and said.count("DDP: 0") == 2, said
     (checkpoint,) = out.glob("checkpoint-*")
     assert f"{checkpoint} is written; go on with --resume_from_checkpoint latest" in said
     assert {path.name for path in checkpoint.glob("random_states*")} == {"random_states_0.pkl", "random_states_1.pkl"}
 
 
-ENDING = """
-import gc, sys
-sys.path.insert(0, {repo!r})
-import train_diffusion_mapo_sdxl as script
-from accelerate import Accelerator
-from torch.nn.parallel import DistributedDataParallel
-
-end_training = Accelerator.end_training
-
-def look(accelerator):
-    gc.collect()
-    print("DDP:", sum(isinstance(thing, DistributedDataParallel) for thing in gc.get_objects()), flush=True)
-    end_training(accelerator)
-
-Accelerator.end_training = look
-script.main(script.parse_args())
-"""
-
-
-def test_ddp_is_freed_before_its_process_group(base, tmp_path):
-    """Else, now and then, a process waits for gloo's threads forever after "Done"."""
-    (tmp_path / "ending.py").write_text(ENDING.format(repo=str(REPO)))
-    flags = [*base, BATCH_OF_TWO, f"--output_dir={tmp_path / 'out'}", f"--cache_dir={tmp_path / 'cache'}"]
-    env = os.environ | {"ACCELERATE_USE_CPU": "true"}
-    command = [*TORCHRUN, str(tmp_path / "ending.py"), *flags, "--skip_final_inference"]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300, env=env, preexec_fn=all_cores)
-    assert done.returncode == 0 and done.stdout.count("DDP: 0") == 2, done.stdout + done.stderr
-
-
-def test_fsdp2_gives_the_same_weights_and_resumes_to_the_same_bits(run):
-    one = run(ONE, "one", BATCH_OF_ONE)
-    two = run(FSDP2, "two", BATCH_OF_TWO)
+def test_fsdp2_gives_the_same_weights_and_resumes_to_the_same_bits(run, one):
+    two = run(FSDP2, BATCH_OF_TWO)
     assert difference(one, two) < 1e-5
 
     weights = read_weights(two)
     forget_the_end(two)
-    run(FSDP2, "two", BATCH_OF_TWO, "--resume_from_checkpoint=latest")
+    run(FSDP2, BATCH_OF_TWO, "--resume_from_checkpoint=latest", "--skip_final_inference")
     assert all(torch.equal(weights[name], weight) for name, weight in read_weights(two).items())
 
 
-def test_fsdp2_saves_the_lora_of_one_process(run):
+def test_fsdp2_saves_the_lora_of_one_process(run, base, tmp_path):
     lora = ["--use_lora", "--rank=4"]
-    one, two = run(ONE, "one", BATCH_OF_ONE, *lora), run(FSDP2, "two", BATCH_OF_TWO, *lora)
+    one, two = train_alone(base, tmp_path / "one", *lora), run(FSDP2, BATCH_OF_TWO, *lora)
     a, b = (load_file(out / "pytorch_lora_weights.safetensors") for out in (one, two))
     assert a.keys() == b.keys() and max((a[name] - b[name]).abs().max().item() for name in a) < 1e-5
 
 
-def test_processes_that_do_not_find_one_another_end_in_one_line(run, monkeypatch):
-    monkeypatch.setenv("WORLD_SIZE", "2")  # all that is left where accelerate doesn't know the launcher
-    done = run(ONE, "lone", check=False)
+def test_processes_that_do_not_find_one_another_end_in_one_line(base, tmp_path):
+    """WORLD_SIZE is all that is left where accelerate doesn't know the launcher."""
+    command = [sys.executable, SCRIPT, *base, f"--output_dir={tmp_path / 'out'}"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300, env=os.environ | {"WORLD_SIZE": "2"})
     assert done.returncode == 1
     assert done.stderr.count("error: 2 processes were launched but don't find one another") == 1
 

@@ -7,7 +7,6 @@ import math
 import os
 import re
 import signal
-import subprocess
 import threading
 import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -35,37 +34,11 @@ def build(*flags) -> None:
     pairs.main(pairs.parse_args([str(flag) for flag in flags]))
 
 
-def finish(process: subprocess.Popen) -> str:
-    said, errors = process.communicate(timeout=900)
-    assert process.returncode == 0, said + errors
-    return said
-
-
 def read_pairs(folder: Path) -> list[dict]:
     """As the training script finds them: with the folder's name alone."""
     import datasets
 
     return datasets.load_dataset(str(folder), split="train").to_list()
-
-
-def train_two_steps(data: Path, out: Path) -> str:
-    return finish(
-        start(
-            "train_diffusion_mapo_sdxl.py",
-            f"--pretrained_model_name_or_path={MODEL}",
-            f"--dataset_name={data}",
-            "--max_train_steps=2",
-            "--train_batch_size=2",
-            "--resolution=64",
-            "--learning_rate=1e-3",
-            "--validation_num_inference_steps=2",
-            "--validation_prompts",
-            "rocket",
-            f"--output_dir={out}",
-            f"--cache_dir={out}-cache",
-            preexec_fn=lambda: os.sched_setaffinity(0, {max(os.sched_getaffinity(0))}),  # training takes all cores
-        )
-    )
 
 
 @pytest.fixture
@@ -84,7 +57,7 @@ def images(tmp_path) -> Path:
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def test_from_images_to_training_to_comparison_to_pairs_again(images, tmp_path, capsys):
+def test_from_images_to_training_to_comparison_to_pairs_again(images, train, tmp_path):
     out = tmp_path / "pairs"
     build("from-images", f"--images={images}", f"--model={MODEL}", *GENERATE, f"--output_dir={out}")
 
@@ -112,7 +85,8 @@ def test_from_images_to_training_to_comparison_to_pairs_again(images, tmp_path, 
             shown = np.asarray(sheet.crop((x, 40, x + 160, 200))).astype(int)
             assert np.abs(shown - np.asarray(expected)).mean() < 25  # transparency is white there
 
-    train_two_steps(out, tmp_path / "tuned")
+    flags = ["--learning_rate=1e-3", "--max_train_steps=2", "--num_validation_pairs=0"]
+    tuned = train(f"--pretrained_model_name_or_path={MODEL}", f"--dataset_name={out}", *flags)
 
     (tmp_path / "prompts.txt").write_text("rocket\nred apple\ngrinning face\n")
     flags = [
@@ -123,7 +97,7 @@ def test_from_images_to_training_to_comparison_to_pairs_again(images, tmp_path, 
         *GENERATE,
         f"--output_dir={tmp_path / 'eval'}",
     ]
-    generate.main(generate.parse_args([*flags, "--models", f"base={MODEL}", f"tuned={tmp_path / 'tuned'}"]))
+    generate.main(generate.parse_args([*flags, "--models", f"base={MODEL}", f"tuned={tuned}"]))
     score.main(score.parse_args([str(tmp_path / "eval"), "--metrics", "style"]))
     compare.main(compare.parse_args([str(tmp_path / "eval"), "--base", "base"]))
     scored = rows_of(tmp_path / "eval" / "scores.jsonl")

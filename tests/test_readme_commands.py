@@ -564,6 +564,10 @@ OTHERS = set("--config_file --num_processes --nproc_per_node --dist".split())  #
 OTHERS |= set("--no --only --python --implementation --platform --upgrade --target".split())  # how pip's begin
 
 
+def test_the_front_page_is_short():
+    assert len((REPO / "README.md").read_text().split()) <= 1500
+
+
 @pytest.mark.parametrize("page", PAGES)
 def test_every_flag_and_file_that_a_page_names_is_there(page):
     text = (REPO / page).read_text()

@@ -15,7 +15,7 @@ import pytest
 import torch
 from conftest import REPO, image_bytes, read_weights
 from PIL import Image
-from small_model import MODEL, PAIRS, write_model, write_pairs
+from small_model import MODEL, PAIRS, write_pairs
 
 
 class Run:
@@ -48,11 +48,6 @@ def server(hub_cache):
 @pytest.fixture
 def start(server, tmp_path):
     return lambda *flags, file_limit=None: Run(server, tmp_path / "log", list(flags), file_limit)
-
-
-@pytest.fixture(scope="module")
-def small_model(tmp_path_factory) -> Path:
-    return write_model(tmp_path_factory.mktemp("model") / "model")
 
 
 @pytest.fixture(scope="module")
