@@ -63,7 +63,6 @@ import contextlib
 import hashlib
 import importlib.util
 import io
-import itertools
 import json
 import logging
 import math
@@ -76,6 +75,7 @@ import tempfile
 import textwrap
 import time
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -96,12 +96,15 @@ from accelerate.utils import (
 )
 from huggingface_hub import ModelCard, ModelCardData, cached_assets_path, create_repo, upload_folder
 from mapo_loss import mapo_loss
+from peft import LoraConfig, get_peft_model_state_dict
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from tqdm.auto import tqdm
 
 import diffusers
+from diffusers.training_utils import _collate_lora_metadata, cast_training_params
+from diffusers.utils import convert_state_dict_to_kohya
 
 
 logger = get_logger(__name__)
@@ -118,20 +121,18 @@ PACKAGES |= {tracker: tracker for tracker in ("tensorboard", "wandb", "trackio")
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def number(kind: type, interval: str):  # twin
-    """An argparse type: an int or a float within an interval such as "[0, 1)"."""
-    low, high = (float(bound) for bound in interval[1:-1].split(","))
-
-    def parse(text: str) -> int | float:
+def number(kind: type, interval: str, text: str) -> int | float:  # twin
+    """With `partial`, an argparse type: an int or a float within an interval such as "[0, 1)"."""
+    try:
         value = kind(text)
-        if not (
-            low < value < high or (value == low and interval[0] == "[") or (value == high and interval[-1] == "]")
-        ):
-            raise argparse.ArgumentTypeError(f"{value} is not in {interval}")
-        return value
-
-    parse.__name__ = kind.__name__  # for argparse's message where the text isn't a number
-    return parse
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"invalid {kind.__name__} value: {text!r}") from error
+    low, high = (float(bound) for bound in interval[1:-1].split(","))
+    above_low = value >= low if interval[0] == "[" else value > low
+    below_high = value <= high if interval[-1] == "]" else value < high
+    if not (above_low and below_high):
+        raise argparse.ArgumentTypeError(f"{value} is not in {interval}")
+    return value
 
 
 def parse_args(input_args: list[str] | None = None) -> argparse.Namespace:
@@ -139,8 +140,9 @@ def parse_args(input_args: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, usage=argparse.SUPPRESS, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    add, positive, count = parser.add_argument, number(float, "(0, inf)"), number(int, "[1, inf)")
-    below_one, not_negative = number(float, "[0, 1)"), number(float, "[0, inf)")
+    add, whole, count = parser.add_argument, partial(number, int, "[0, inf)"), partial(number, int, "[1, inf)")
+    not_negative, positive = partial(number, float, "[0, inf)"), partial(number, float, "(0, inf)")
+    below_one = partial(number, float, "[0, 1)")
     safeguard = lambda text: None if text == "off" else below_one(text)  # noqa: E731
 
     # Model
@@ -155,7 +157,7 @@ def parse_args(input_args: list[str] | None = None) -> argparse.Namespace:
     add("--config_name", help="Which entry of DCO's JSON to use, where it has several.")
     add("--placeholder_token", nargs="+", help='New tokens, such as "<dog>"; without any, a style is learnt.')
     add("--initializer_token", nargs="+", help="For each new token, the word that it starts from.")
-    add("--resolution", type=number(int, "[8, inf)"), default=1024, help="Side of the training images, in pixels.")
+    add("--resolution", type=count, default=1024, help="Side of the training images, in pixels.")
     add("--cache_dir", help="Folder for downloads and for rejected images.")
 
     # Rejected images
@@ -192,18 +194,18 @@ def parse_args(input_args: list[str] | None = None) -> argparse.Namespace:
     add("--text_encoder_lr", type=positive, help="Rate of tokens and text encoders. Default: 5e-6; 1 for prodigy.")
     add("--scale_lr", action="store_true", help="Multiply both rates by the photos in an update.")
     add("--lr_scheduler", default="constant", choices=SCHEDULES, help="How the rates change.")
-    add("--lr_warmup_steps", type=number(int, "[0, inf)"), default=0, help="Updates in which the rates rise from 0.")
+    add("--lr_warmup_steps", type=whole, default=0, help="Updates in which the rates rise from 0.")
     add("--lr_num_cycles", type=count, default=1, help="Restarts of cosine_with_restarts.")
     add("--lr_power", type=positive, default=1.0, help="Power of polynomial.")
     add("--optimizer", choices=OPTIMIZERS, default="adamw", help="Optimizer.")
-    add("--use_8bit_adam", action="store_true", help="The same as --optimizer adamw_8bit.")
+    add("--use_8bit_adam", action="store_const", dest="optimizer", const="adamw_8bit", help="The same as adamw_8bit.")
     add("--adam_beta1", type=below_one, default=0.9, help="Decay of the mean of gradients.")
     add("--adam_beta2", type=below_one, default=0.999, help="Decay of the mean of squared gradients.")
     add("--adam_weight_decay", type=not_negative, default=1e-4, help="Decoupled weight decay.")
     add("--adam_epsilon", type=positive, default=1e-8, help="Added to Adam's denominator.")
     add("--max_grad_norm", type=positive, default=1.0, help="Norm to which longer gradients are clipped.")
     add("--max_nonfinite_steps", type=count, default=10, help="Stop after N steps in a row that aren't finite.")
-    add("--seed", type=number(int, "[0, 4294967295]"), default=0, help="Seed of everything random.")
+    add("--seed", type=partial(number, int, "[0, 4294967295]"), default=0, help="Seed of everything random.")
 
     # Speed and memory
     add("--mixed_precision", choices=["no", "fp16", "bf16"], help="Default: that of accelerate's configuration.")
@@ -218,7 +220,7 @@ def parse_args(input_args: list[str] | None = None) -> argparse.Namespace:
     add("--checkpoints_total_limit", type=count, default=2, help="Keep only the newest N checkpoints.")
     add("--resume_from_checkpoint", help="Folder of a checkpoint, or `latest`.")
     add("--validation_steps", type=count, help="Generate images every N updates too, not only after training.")
-    add("--validation_prompts", nargs="+", help="New contexts for the subject, or a .txt file, one a line.")
+    add("--validation_prompts", nargs="+", help="New contexts for the subject.")
     add("--guidance_scale", type=not_negative, default=5.0, help="Guidance scale of generated images.")
     add("--num_inference_steps", type=count, default=25, help="Denoising steps of generated images.")
     add("--sample_batch_size", type=count, default=4, help="Images to generate at once.")
@@ -237,10 +239,7 @@ def parse_args(input_args: list[str] | None = None) -> argparse.Namespace:
     defaults, args = vars(parser.parse_args([])), parser.parse_args(input_args)
     demo = args.pretrained_model_name_or_path is None and args.instance_data_dir is None
     if demo and not (Path(__file__).resolve().parent / "demo").is_dir():
-        parser.error(
-            "--pretrained_model_name_or_path and --instance_data_dir are needed: an SDXL model such as "
-            "stabilityai/stable-diffusion-xl-base-1.0, and photos"
-        )
+        parser.error("--pretrained_model_name_or_path and --instance_data_dir are needed: an SDXL model, and photos")
     if demo:
         from demo.settings import SUBJECT
 
@@ -249,9 +248,7 @@ def parse_args(input_args: list[str] | None = None) -> argparse.Namespace:
     args.demo, args.changed = demo, sorted(name for name, value in vars(args).items() if value != defaults[name])
     args.uses_rejected = args.loss_type == "mapo" or args.with_prior_preservation
     check_args(parser, args)
-    check_files(parser, args)
-    if args.use_8bit_adam:
-        args.optimizer = "adamw_8bit"
+    check_folders(parser, args)
     for name, rate in (("learning_rate", 5e-5), ("text_encoder_lr", 5e-6)):
         if getattr(args, name) is None:
             setattr(args, name, 1.0 if args.optimizer == "prodigy" else rate)
@@ -284,7 +281,6 @@ def check_args(parser: argparse.ArgumentParser, args: argparse.Namespace) -> Non
             if not given:  # it would do nothing
                 parser.error(f"--{name} needs {flag} too")
     for flags, both in {
-        f"--use_8bit_adam and --optimizer {args.optimizer}": args.use_8bit_adam and "adamw" not in args.optimizer,
         "--use_dora and --output_kohya_format": args.use_dora and args.output_kohya_format,  # no loader reads it
         # The images of the class must show what it was, not what the subject is.
         "--refresh_rejected_steps and --with_prior_preservation": (
@@ -300,25 +296,16 @@ def check_args(parser: argparse.ArgumentParser, args: argparse.Namespace) -> Non
         if package is not None and importlib.util.find_spec(package) is None:
             parser.error(f"--{flag} {getattr(args, flag)} needs a package: pip install {package}")
     if args.resolution % 8:
-        parser.error(f"--resolution {args.resolution}: must be a multiple of 8; try {round(args.resolution / 8) * 8}")
+        parser.error(f"--resolution {args.resolution}: must be a multiple of 8; try {-(-args.resolution // 8) * 8}")
     if args.lr_warmup_steps > (args.max_train_steps or math.inf):
         parser.error(f"--lr_warmup_steps {args.lr_warmup_steps}: more than --max_train_steps {args.max_train_steps}")
 
 
-def check_files(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
-    """Reads the prompts; ends the run with one line where a file isn't there, or one would be overwritten."""
+def check_folders(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
+    """Ends the run with one line where a folder isn't there, or something in it would be overwritten."""
     for name in ("instance_data_dir", "rejected_data_dir"):
         if getattr(args, name) is not None and not Path(getattr(args, name)).exists():
             parser.error(f"--{name} {getattr(args, name)}: no such folder")
-    prompts = args.validation_prompts
-    if prompts is not None and len(prompts) == 1 and prompts[0].endswith(".txt"):
-        try:
-            lines = Path(prompts[0]).read_text(encoding="utf-8-sig").splitlines()
-        except (OSError, UnicodeDecodeError) as error:
-            parser.error(f"--validation_prompts {prompts[0]}: {error}")
-        args.validation_prompts = prompts = [line.strip() for line in lines if line.strip()]
-    if prompts is not None and not all(prompts and [prompt.strip() for prompt in prompts]):
-        parser.error("--validation_prompts: a prompt is empty")
     output_dir = Path(args.output_dir).resolve()
     read = (args.pretrained_model_name_or_path, args.instance_data_dir, Path(__file__).parent)
     if output_dir in [Path(source).resolve() for source in read if source is not None]:
@@ -326,10 +313,9 @@ def check_files(parser: argparse.ArgumentParser, args: argparse.Namespace) -> No
     if args.resume_from_checkpoint is None:  # the demo may be run again
         for result in ("checkpoint-*/state.json", "*.safetensors")[: 1 if args.demo else 2]:
             if found := sorted(output_dir.glob(result)):
-                parser.error(
-                    f"--output_dir {output_dir}: holds {found[-1].relative_to(output_dir)} of an earlier run; go on "
-                    "with --resume_from_checkpoint latest, or name another folder"
-                )
+                holds = f"holds {found[-1].relative_to(output_dir)} of an earlier run"
+                remedy = "go on with --resume_from_checkpoint latest, or name another folder"
+                parser.error(f"--output_dir {output_dir}: {holds}; {remedy}")
 
 
 def fail(message: str) -> None:  # twin
@@ -471,10 +457,6 @@ class PersonalizedModel(torch.nn.Module):
 
 def add_lora(module, args: argparse.Namespace, target_modules: list[str], **options) -> None:
     """Adds a LoRA in fp32 to layers of the UNet or of a text encoder."""
-    from peft import LoraConfig
-
-    from diffusers.training_utils import cast_training_params
-
     with blame("lora_layers", args.lora_layers):
         for layer in target_modules:  # peft passes over a name that fits nothing, where another one fits
             if not any(f".{name}".endswith(f".{layer}") for name, _ in module.named_modules() if layer):
@@ -912,7 +894,7 @@ FREE_SETTINGS = frozenset(
     "num_train_epochs max_nonfinite_steps train_batch_size gradient_accumulation_steps gradient_checkpointing compile "
     "allow_tf32 enable_xformers_memory_efficient_attention output_kohya_format checkpointing_steps "
     "checkpoints_total_limit resume_from_checkpoint validation_prompts validation_steps skip_final_inference "
-    "sample_batch_size report_to push_to_hub hub_model_id hub_token use_8bit_adam".split()
+    "sample_batch_size report_to push_to_hub hub_model_id hub_token".split()
 )
 
 
@@ -924,8 +906,7 @@ def check_resumption(checkpoint: Path | None, now: dict) -> None:  # twin
     for name, value in now.items():
         if then.get(name) != value:
             fail(
-                f"{name} {value}: {checkpoint.name} was trained with {then.get(name)}; go on as before, or start anew "
-                "in another --output_dir"
+                f"{name} {value}: {checkpoint.name} was trained with {then.get(name)}; keep it or change --output_dir"
             )
 
 
@@ -951,24 +932,6 @@ def save_checkpoint(step: int, run: dict, args: argparse.Namespace, accelerator:
             shutil.rmtree(old)
     accelerator.wait_for_everyone()
     return folder
-
-
-def keep_trained_only(accelerator: Accelerator) -> None:
-    """Has checkpoints hold what is trained, LoRA and rows of tokens, instead of all weights."""
-
-    def save(models, weights, folder) -> None:
-        if accelerator.is_main_process:
-            named = accelerator.unwrap_model(models[0]).named_parameters()
-            trained = {name: p.detach().contiguous() for name, p in named if p.requires_grad}
-            save_file(trained, Path(folder) / "trained.safetensors")
-        weights.clear()  # accelerate writes what is left in here
-
-    def load(models, folder) -> None:
-        trained = load_file(Path(folder) / "trained.safetensors")
-        accelerator.unwrap_model(models.pop()).load_state_dict(trained, strict=False)
-
-    accelerator.register_save_state_pre_hook(save)
-    accelerator.register_load_state_pre_hook(load)
 
 
 def save_aside(path: Path, save) -> None:  # twin
@@ -1039,19 +1002,14 @@ def plot_curves(history: list[dict], path: Path) -> None:
     names = ("loss", "mse_w", "mse_l", "mse_ref", "mse_prior", "margin", "margin_weight", "accuracy", "grad_norm")
     names = [name for name in names if name in history[0]][:8]
     figure = Figure(figsize=(18, 6), layout="constrained")
-    axes = figure.subplots(2, 4)
-    for axis, name in zip(axes.flat, names):
+    figure.suptitle("Strong: running mean of 5 % of the points.", fontsize=10)
+    for i, name in enumerate(names, 1):
+        axis = figure.add_subplot(2, 4, i, title=name, xlabel="step")
+        axis.xaxis.set_major_locator(MaxNLocator(integer=True))
         steps, values = np.array([(r["step"], r[name]) for r in history if r[name] is not None] or [(0, 0)]).T
         window = max(1, len(steps) // 20)
-        axis.plot(steps, values, color="tab:blue", alpha=0.3 if window > 1 else 1, linewidth=0.8)
-        if window > 1:
-            smooth = np.convolve(values, np.ones(window) / window, mode="valid")
-            axis.plot(steps[window - 1 :], smooth, color="tab:blue", label=f"mean of {window} steps")
-            axis.legend()
-        axis.set(title=name, xlabel="step")
-        axis.xaxis.set_major_locator(MaxNLocator(integer=True))
-    for axis in axes.flat[len(names) :]:
-        axis.set_axis_off()
+        axis.plot(steps, values, color="tab:blue", alpha=0.3, linewidth=0.8)
+        axis.plot(steps[window - 1 :], np.convolve(values, np.ones(window) / window, "valid"), color="tab:blue")
     save_aside(path, lambda path: figure.savefig(path, dpi=100))
 
 
@@ -1088,24 +1046,11 @@ def generate_images(model, prompts: list[str], seeds: list[int], args, accelerat
     return [image for _, image in sorted(gather_object(images), key=lambda pair: pair[0])]
 
 
-def find_font(text: str) -> str:  # twin
-    """File of an installed font that has every character of the text; where none has, of matplotlib's own."""
-    from matplotlib import font_manager, ft2font
-
-    own = font_manager.findfont("DejaVu Sans")
-    for path in itertools.chain([own], sorted(font_manager.findSystemFonts())):
-        with contextlib.suppress(OSError, RuntimeError):  # of fonts in bitmaps, or damaged
-            ImageFont.truetype(path, 13)
-            font = ft2font.FT2Font(path)
-            if all(font.get_char_index(ord(character)) for character in text if not character.isspace()):
-                return path
-    logger.info("No installed font has all characters of the prompts; fonts-noto-cjk or fonts-unifont have many.")
-    return own
-
-
 def make_grid(rows: list[tuple[str, list[str], list[Image.Image]]]) -> Image.Image:
     """Rows of images, each with a title on the left and its captions above the images; at most 6 in a row."""
-    file = find_font("".join(caption for _, captions, _ in rows for caption in captions))
+    from matplotlib import font_manager
+
+    file = font_manager.findfont("DejaVu Sans")  # PIL's own font has no accents
     small, large = ImageFont.truetype(file, 11), ImageFont.truetype(file, 13)
     side = max(128, min(384, max(image.width for _, _, images in rows for image in images)))
     left, head = 110, 40
@@ -1174,10 +1119,6 @@ def log_validation(
 
 def save_weights(model, args: argparse.Namespace) -> None:
     """LoRA and rows of tokens, in the files that diffusers' loaders read."""
-    from peft import get_peft_model_state_dict
-
-    from diffusers.training_utils import _collate_lora_metadata
-
     output_dir, layers = Path(args.output_dir), {}
     for part, module in model.adapted.items():
         # transformers dropped the first encoder's `text_model.`, which other loaders ask for and diffusers' accepts.
@@ -1192,24 +1133,13 @@ def save_weights(model, args: argparse.Namespace) -> None:
     )
     if args.output_kohya_format:
         named = {f"{part}.{name}": layer for part, found in layers.items() for name, layer in found.items()}
-        named = convert_to_kohya(named, args.lora_alpha or args.rank)
-        save_aside(output_dir / "pytorch_lora_weights_kohya.safetensors", lambda path: save_file(named, path))
+        alpha = torch.tensor(float(args.lora_alpha or args.rank))  # diffusers writes the rank
+        converted = convert_state_dict_to_kohya(named)
+        converted = {name: alpha if name.endswith(".alpha") else value for name, value in converted.items()}
+        save_aside(output_dir / "pytorch_lora_weights_kohya.safetensors", lambda path: save_file(converted, path))
     if model.tokens:
         rows = {key: tokens.rows.detach().cpu() for key, tokens in zip(("clip_l", "clip_g"), model.tokens)}
         save_aside(output_dir / "learned_embeds.safetensors", lambda path: save_file(rows, path))
-
-
-def convert_to_kohya(layers: dict[str, torch.Tensor], alpha: float) -> dict[str, torch.Tensor]:  # twin
-    """A LoRA with peft's names, each behind its model's, under the names of sd-scripts, ComfyUI and A1111."""
-    models = {"unet": "lora_unet", "text_encoder": "lora_te1_text_model", "text_encoder_2": "lora_te2_text_model"}
-    converted = {}
-    for name, tensor in layers.items():
-        model, _, module = name.partition(".")
-        module, side, _ = module.removeprefix("text_model.").rsplit(".", 2)
-        module = f"{models[model]}_{module.replace('.', '_')}"
-        converted[f"{module}.{'lora_down' if side == 'lora_A' else 'lora_up'}.weight"] = tensor
-        converted[f"{module}.alpha"] = torch.tensor(float(alpha))
-    return converted
 
 
 def save_model_card(prompt: str, images: list[Image.Image], report: str, args: argparse.Namespace) -> str:
@@ -1325,9 +1255,7 @@ def prepare_run(args: argparse.Namespace) -> Accelerator:
 
     launched = int(os.environ.get("WORLD_SIZE", 1))
     if launched != accelerator.num_processes:  # each would train alone, into the same folder
-        fail(
-            f"{launched} processes were launched but don't find one another; without GPUs set ACCELERATE_USE_CPU=true"
-        )
+        fail(f"{launched} processes were launched but don't find one another; on CPUs set ACCELERATE_USE_CPU=true")
     if accelerator.distributed_type in ("FSDP", "DEEPSPEED"):
         fail(f"{accelerator.distributed_type.value}: a LoRA needs no sharding; take configs/ddp.yaml")
     if accelerator.device.type == "cpu":
@@ -1387,14 +1315,10 @@ def known_errors_end_in_one_line():  # twin
     try:
         yield
     except KeyboardInterrupt:
-        fail(
-            "interrupted; the same command goes on with what is encoded, --resume_from_checkpoint latest with the rest"
-        )
+        fail("interrupted; the same command goes on with what is encoded, with a checkpoint: --resume_from_checkpoint")
     except (OSError, SafetensorError) as error:
-        fail(
-            f"{str(error).strip().splitlines()[0]}; where the disk of --output_dir or --cache_dir is full, make room, "
-            "then go on with --resume_from_checkpoint latest"
-        )
+        cause = str(error).strip().splitlines()[0]
+        fail(f"{cause}; if --output_dir or --cache_dir is full, make room and add --resume_from_checkpoint latest")
 
 
 @known_errors_end_in_one_line()
@@ -1439,10 +1363,13 @@ def main(args: argparse.Namespace) -> None:
         num_cycles=args.lr_num_cycles,
         power=args.lr_power,
     )
-    keep_trained_only(accelerator)
+    trained = torch.nn.ParameterList(p for p in model.parameters() if p.requires_grad)
     model, optimizer = accelerator.prepare(model, optimizer)
-    accelerator.register_for_checkpointing(lr_scheduler)  # not prepared: accelerate would step it once per process
-    accelerator.register_for_checkpointing(dataset)
+    # Checkpoints hold what is trained, not all weights. The schedule isn't prepared: accelerate would step it once per
+    # process.
+    accelerator.register_save_state_pre_hook(lambda models, weights, folder: weights.clear())
+    accelerator.register_load_state_pre_hook(lambda models, folder: models.clear())
+    accelerator.register_for_checkpointing(trained, lr_scheduler, dataset)
     if checkpoint is not None:
         accelerator.load_state(str(checkpoint))
         logger.info(f"Resumed from {checkpoint}.")

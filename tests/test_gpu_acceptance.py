@@ -9,7 +9,7 @@ from unittest import mock
 import pytest
 import torch
 from conftest import REPO
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 
 
 sys.path.insert(0, str(REPO / "benchmarks"))
@@ -115,11 +115,10 @@ def test_a_resumed_run_must_end_with_the_same_bits(acceptance, tmp_path):
 
     def spoil(self, step: int) -> None:
         kill_at(self, step)
-        for file in self.out.glob("checkpoint-*/lora.safetensors"):
-            tensors = load_file(file)
-            name = sorted(tensors)[0]
-            tensors[name].view(torch.int32).flatten()[0] ^= 1
-            save_file(tensors, file)
+        for file in self.out.glob("checkpoint-*/custom_checkpoint_1.pkl"):  # the LoRA; 0 is the schedule
+            tensors = torch.load(file)
+            tensors["0"].view(torch.int32).flatten()[0] ^= 1
+            torch.save(tensors, file)
 
     with mock.patch.object(acceptance, "list_lines", lambda: [line]):
         assert run(acceptance, tmp_path)[0]["status"] == "pass"
