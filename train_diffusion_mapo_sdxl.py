@@ -71,7 +71,7 @@ import tempfile
 import textwrap
 import time
 import uuid
-from collections import Counter, deque
+from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -461,17 +461,8 @@ def find_columns(args: argparse.Namespace, names: list[str]) -> tuple:
 
 
 class PreferencePairs:
-    """The rows of a table whose label decides.
-
-    Args:
-        dataset: a `datasets.Dataset` whose images are not decoded.
-        chunk: the number of this part of a stream.
-        counts: where rows, and those left out, are counted by reason.
-
-    Attributes:
-        rows, captions: of the N pairs that can be used, their rows in the data set and their captions.
-        chosen_first: whether image 0 is the chosen one. Shape: (N,)
-    """
+    """The rows of a table, or of a chunk of a stream, whose label decides: their numbers, their captions and whether
+    image 0 is the chosen one. Shape: (N,). All rows, and those left out, are counted by reason."""
 
     def __init__(self, dataset, args: argparse.Namespace, chunk: int | None = None, counts: Counter | None = None):
         caption, *self.sides, label_0, label_1 = find_columns(args, dataset.column_names)
@@ -628,10 +619,7 @@ def prepare_image(
     image: Image.Image, resolution: int, crop: np.ndarray = np.full(2, 0.5), flip: bool = False
 ) -> tuple[torch.Tensor, list[int]]:
     """Resizes the shorter side to `resolution`, crops at a fraction of the room there is (0.5: the centre), mirrors.
-
-    Returns the pixels, uint8, Shape: (3, R, R), and SDXL's micro-conditioning: original height and width, top and left
-    of the crop, target height and width.
-    """
+    Returns the pixels, uint8, Shape: (3, R, R), and SDXL's micro-conditioning: original size, crop, target size."""
     width, height = image.size
     scale = resolution / min(width, height)
     new_width, new_height = max(resolution, round(width * scale)), max(resolution, round(height * scale))
@@ -676,15 +664,6 @@ def save_entry(folder: Path, key: str, tensors: dict[str, torch.Tensor]) -> None
     aside = path.with_name(f"tmp-{uuid.uuid4().hex}")
     save_file({name: tensor.contiguous().cpu() for name, tensor in tensors.items()}, aside)
     os.replace(aside, path)
-
-
-def prefetch(function, items: Iterator, ahead: int = 32) -> Iterator:
-    """Each item with the future of its `function`, in their order; threads work ahead."""
-    with ThreadPoolExecutor() as pool:
-        pending = deque((item, pool.submit(function, item)) for item in itertools.islice(items, ahead))
-        while pending:
-            yield pending.popleft()
-            pending.extend((item, pool.submit(function, item)) for item in itertools.islice(items, 1))
 
 
 def warn_of_room(folder: Path, needed: float, what: str) -> None:
@@ -737,13 +716,15 @@ def encode_pairs(source: Source, count: int, vae, folder: Path, args, accelerato
         image, crop = decode_image(file), random if args.random_crop else np.full(2, 0.5)
         return key, [prepare_image(image, args.resolution, crop, flip) for flip in flips]
 
-    candidates = ((place, *pair) for place, pair in enumerate(itertools.islice(source.pairs, count)))
+    candidates, pool = enumerate(itertools.islice(source.pairs, count)), ThreadPoolExecutor()
     mine = itertools.islice(candidates, accelerator.process_index, None, accelerator.num_processes)
-    reading = prefetch(lambda candidate: candidate[1].images(candidate[2], prepare), mine)
+    chunks = iter(lambda: list(itertools.islice(mine, 32)), [])  # threads read so many pairs ahead
+    reading = ([(place, table, i, pool.submit(table.images, i, prepare)) for place, (table, i) in c] for c in chunks)
     found, total = [], -(-count // accelerator.num_processes)
-    for (place, table, i), images in tqdm(reading, desc="Images", total=total, disable=not main):
+    bar = tqdm(itertools.chain.from_iterable(reading), desc="Images", total=total, disable=not main)
+    for place, table, i, future in bar:
         try:
-            images = images.result()
+            images = future.result()
         except ValueError as error:
             if not args.skip_unreadable:
                 fail(f"--dataset_name {args.dataset_name}: {error}; mend it, or see --skip_unreadable")
@@ -1107,12 +1088,8 @@ def save_aside(path: Path, save) -> None:  # twin
 
 
 class MetricsLog:
-    """Writes what is measured to metrics.jsonl, the trackers and the progress bar.
-
-    Attributes:
-        history: one record per step, those before a resumption too, and one per validation.
-        skipped_in_a_row: steps that weren't finite since the last one that was.
-    """
+    """Writes what is measured to metrics.jsonl, the trackers and the progress bar. `history` has one record per step,
+    those before a resumption too, and one per validation."""
 
     def __init__(self, first_step: int, checkpoint: Path | None, args, accelerator: Accelerator) -> None:
         self.args, self.accelerator, self.path = args, accelerator, Path(args.output_dir) / "metrics.jsonl"
@@ -1125,9 +1102,8 @@ class MetricsLog:
         if accelerator.is_main_process:
             text = "".join(f"{json.dumps(record)}\n" for record in self.history)
             save_aside(self.path, lambda path: path.write_text(text))
-        self.bar = tqdm(
-            total=args.max_train_steps, initial=first_step, desc="Training", disable=not accelerator.is_main_process
-        )
+        hidden = not accelerator.is_main_process
+        self.bar = tqdm(total=args.max_train_steps, initial=first_step, desc="Training", disable=hidden)
         self.shown, self.clock = {}, time.perf_counter()
 
     def end_step(self, step: int, grad_norm: torch.Tensor, learning_rate: float, stop: bool = False) -> bool:
@@ -1149,10 +1125,8 @@ class MetricsLog:
         self.bar.update(1)
         weights = [r["margin_weight"] for r in self.history[-100:] if r.get("margin_weight") is not None]
         if step == 100 and np.mean(weights) < 0.01:
-            logger.info(
-                "Over 100 steps the margin's gradient was below 1 % of the SFT term's: this is plain fine-tuning on "
-                "chosen images. Unless that is wanted, lower --beta_mapo."
-            )
+            what = "Over 100 steps the margin's gradient was below 1 % of the SFT term's: this is plain fine-tuning"
+            logger.info(f"{what} on chosen images. Unless that is wanted, lower --beta_mapo.")
         return stop > 0
 
     def write(self, record: dict[str, float]) -> None:
@@ -1298,8 +1272,8 @@ def make_grid(prompts: list[str], before: list[Image.Image], after: list[Image.I
 def show_images(step: int, training: Training, data: Data, args, accelerator: Accelerator) -> None:
     """A grid of the prompts' images before training and now, in the output folder and the trackers.
 
-    Those before training are generated when they are first shown, so that training needn't wait for them: with the
-    LoRA switched off, or by a UNet that is loaded anew. No gradients are held then: memory has no new peak.
+    Those before training are generated when they are first shown: with the LoRA switched off, or by a UNet that is
+    loaded anew. No gradients are held then: memory has no new peak.
     """
     sampling = (data.pipeline, data.prompt_embeddings, args, accelerator)
     with averaged(training):
@@ -1345,10 +1319,10 @@ def save_weights(training: Training, args: argparse.Namespace, accelerator: Acce
             lambda path: write(path.parent, layers, weight_name=path.name, **metadata),
         )
         if args.output_kohya_format:
-            converted = convert_state_dict_to_kohya({f"unet.{name}": layer for name, layer in layers.items()})
-            alpha = torch.tensor(float(args.lora_alpha or args.rank))  # it writes the rank
-            converted = {name: alpha if name.endswith(".alpha") else value for name, value in converted.items()}
-            save_aside(output_dir / "pytorch_lora_weights_kohya.safetensors", lambda path: save_file(converted, path))
+            kohya = convert_state_dict_to_kohya({f"unet.{name}": layer for name, layer in layers.items()})
+            alpha = float(args.lora_alpha or args.rank)  # diffusers writes the rank
+            kohya = {name: torch.tensor(alpha) if name.endswith(".alpha") else t for name, t in kohya.items()}
+            save_aside(output_dir / "pytorch_lora_weights_kohya.safetensors", lambda path: save_file(kohya, path))
         return
 
     with torch.device("meta"):  # its own weights would be random numbers
@@ -1529,10 +1503,8 @@ def train(first_step, training, data, noise_scheduler, run, log, args, accelerat
             state = run | {"pairs": hash_of(data.train.pairs[: step * pairs_in_step])}
             saved = save_checkpoint(step, state, args, accelerator)
         if diverged:
-            fail(
-                f"{log.skipped_in_a_row} steps in a row had a loss or gradient that isn't finite; {saved} has the "
-                "weights as they were. Try a lower --learning_rate, or bf16 instead of fp16"
-            )
+            what = f"{log.skipped_in_a_row} steps in a row had a loss or gradient that isn't finite"
+            fail(f"{what}; {saved} has the weights as they were. Try a lower --learning_rate, or bf16 instead of fp16")
         if stop:
             logger.info(f"{' '.join(signals)}: {saved} is written; go on with --resume_from_checkpoint latest")
             return False
@@ -1589,9 +1561,7 @@ def main(args: argparse.Namespace) -> None:
     data = encode_data(source, held_out, pipeline, args, accelerator)
     check_resumption(checkpoint, {"pairs": hash_of(data.train.pairs[: first_step * pairs_in_step])})
     training = prepare_training(unet.to(accelerator.device), checkpoint, args, accelerator)
-    if args.report_to != "none":
-        settings = {name: str(value) for name, value in vars(args).items() if name != "hub_token"}
-        accelerator.init_trackers("mapo", config=settings)
+    accelerator.init_trackers("mapo", config={k: str(v) for k, v in vars(args).items() if k != "hub_token"})
 
     logger.info(f"First step after {time.perf_counter() - started:.1f} s.")
     log = MetricsLog(first_step, checkpoint, args, accelerator)
@@ -1606,8 +1576,8 @@ def main(args: argparse.Namespace) -> None:
             plot_curves(log.history, Path(args.output_dir) / "curves.png")
             save_model_card(data.prompts, args)
             if args.push_to_hub:
-                hidden = ["checkpoint-*", f"{args.logging_dir}/*", "tmp-*"]
-                options = {"folder_path": args.output_dir, "token": args.hub_token, "ignore_patterns": hidden}
+                left_out = ["checkpoint-*", f"{args.logging_dir}/*", "tmp-*"]
+                options = {"folder_path": args.output_dir, "token": args.hub_token, "ignore_patterns": left_out}
                 upload_folder(repo_id=args.hub_model_id, **options)
             print(f"Done in {time.perf_counter() - started:.0f} s: {args.output_dir}")
     del training  # DDP before its process group: freed after it, it can wait for gloo's threads forever

@@ -280,12 +280,11 @@ def check_args(parser: argparse.ArgumentParser, args: argparse.Namespace) -> Non
         for name in set(names.split()) & set(args.changed):
             if not given:  # it would do nothing
                 parser.error(f"--{name} needs {flag} too")
+    refresh = args.refresh_rejected_steps
     for flags, both in {
         "--use_dora and --output_kohya_format": args.use_dora and args.output_kohya_format,  # no loader reads it
         # The images of the class must show what it was, not what the subject is.
-        "--refresh_rejected_steps and --with_prior_preservation": (
-            args.refresh_rejected_steps and args.with_prior_preservation
-        ),
+        "--refresh_rejected_steps and --with_prior_preservation": refresh and args.with_prior_preservation,
         # accelerate's configuration of wandb would carry the token to wandb's servers.
         "--hub_token and --report_to wandb": args.hub_token and args.report_to == "wandb",
     }.items():
@@ -611,11 +610,8 @@ def decode_image(file: bytes | str | Path | Image.Image) -> Image.Image:  # twin
 
 
 def prepare_image(image: Image.Image, resolution: int) -> tuple[torch.Tensor, list[int]]:
-    """Resizes the shorter side to `resolution` and crops the centre.
-
-    Returns the pixels, uint8, Shape: (3, R, R), and SDXL's micro-conditioning: original height and width, top and left
-    of the crop, target height and width.
-    """
+    """Resizes the shorter side to `resolution` and crops the centre. Returns the pixels, uint8, Shape: (3, R, R), and
+    SDXL's micro-conditioning: original size, crop, target size."""
     width, height = image.size
     side, scale = min(width, height), resolution / min(width, height)
     left, top = (width - side) / 2, (height - side) / 2
@@ -628,17 +624,15 @@ def prepare_image(image: Image.Image, resolution: int) -> tuple[torch.Tensor, li
 
 def find_rejected(photos: list[Photo], args: argparse.Namespace) -> list[list[Image.Image]]:
     """As many of the images in --rejected_data_dir for each photo as --num_rejected_per_image asks for."""
-    folder, found = Path(args.rejected_data_dir), []
+    folder, needed, found = Path(args.rejected_data_dir), args.num_rejected_per_image, []
     for photo in photos:
         pattern = re.compile(re.escape(photo.name) + r"-\d+")
         files = sorted(p for p in folder.iterdir() if pattern.fullmatch(p.stem) and p.suffix.lower() in IMAGE_SUFFIXES)
-        if len(files) < args.num_rejected_per_image:
-            fail(
-                f"--rejected_data_dir {folder}: {len(files)} images {photo.name}-NUMBER for photo {photo.name}, "
-                f"needs {args.num_rejected_per_image}; add some, or lower --num_rejected_per_image"
-            )
+        if len(files) < needed:
+            short = f"{len(files)} images {photo.name}-NUMBER for photo {photo.name}, needs {needed}"
+            fail(f"--rejected_data_dir {folder}: {short}; add some, or lower --num_rejected_per_image")
         with blame("rejected_data_dir", f"{folder}, images of {photo.name}"):
-            found.append([decode_image(file) for file in files[: args.num_rejected_per_image]])
+            found.append([decode_image(file) for file in files[:needed]])
     return found
 
 
@@ -942,12 +936,8 @@ def save_aside(path: Path, save) -> None:  # twin
 
 
 class MetricsLog:
-    """Writes what is measured to metrics.jsonl, the trackers and the progress bar.
-
-    Attributes:
-        history: one record per step, those before a resumption too.
-        skipped_in_a_row: steps that weren't finite since the last one that was.
-    """
+    """Writes what is measured to metrics.jsonl, the trackers and the progress bar. `history` has one record per step,
+    those before a resumption too."""
 
     def __init__(self, first_step: int, checkpoint: Path | None, args, accelerator: Accelerator) -> None:
         self.accelerator, self.path = accelerator, Path(args.output_dir) / "metrics.jsonl"
@@ -960,14 +950,11 @@ class MetricsLog:
         if accelerator.is_main_process:
             text = "".join(f"{json.dumps(record)}\n" for record in self.history)
             save_aside(self.path, lambda path: path.write_text(text))
-        self.bar = tqdm(
-            total=args.max_train_steps, initial=first_step, desc="Training", disable=not accelerator.is_main_process
-        )
+        hidden = not accelerator.is_main_process
+        self.bar = tqdm(total=args.max_train_steps, initial=first_step, desc="Training", disable=hidden)
         self.clock = time.perf_counter()
 
-    def end_step(
-        self, step: int, metrics: dict[str, torch.Tensor], learning_rate: float, photos: int, stop: bool
-    ) -> bool:
+    def end_step(self, step: int, metrics: dict, learning_rate: float, photos: int, stop: bool) -> bool:
         """Writes the means over processes; returns whether any process wants to stop."""
         flag = torch.tensor(float(stop), device=self.accelerator.device)
         values = torch.stack([value.float() for value in (*metrics.values(), flag)])
@@ -1071,11 +1058,8 @@ def log_validation(
     step: int, model, photos: list[Photo], rejected: list[list], before: list, args, accelerator: Accelerator
 ) -> list[Image.Image]:
     """A grid of photos, rejected images, and images of the photos' captions and of --validation_prompts before and
-    after training, in the output folder and in the trackers; returns the last row, the new contexts.
-
-    Args:
-        before: images of the starting model, generated when first shown: the LoRA disabled, captions without tokens.
-    """
+    after training, in the output folder and in the trackers; returns the last row, the new contexts. `before` is
+    filled when first shown: with the LoRA disabled, for captions without tokens."""
     shown = photos[:6]
     captions = [(photo.caption, photo.base_caption) for photo in shown]
     captions += [with_and_without_token(prompt, args) for prompt in args.validation_prompts]
@@ -1105,10 +1089,6 @@ def log_validation(
             tracker.log_images({"before_after": np.array(grid)[None]}, step, dataformats="NHWC")
         elif tracker.name == "wandb":
             tracker.log_images({"before_after": [grid]}, step)
-        else:
-            import trackio
-
-            tracker.log({"before_after": trackio.Image(grid)}, step)
     return after[n:]
 
 
@@ -1133,10 +1113,9 @@ def save_weights(model, args: argparse.Namespace) -> None:
     )
     if args.output_kohya_format:
         named = {f"{part}.{name}": layer for part, found in layers.items() for name, layer in found.items()}
-        alpha = torch.tensor(float(args.lora_alpha or args.rank))  # diffusers writes the rank
-        converted = convert_state_dict_to_kohya(named)
-        converted = {name: alpha if name.endswith(".alpha") else value for name, value in converted.items()}
-        save_aside(output_dir / "pytorch_lora_weights_kohya.safetensors", lambda path: save_file(converted, path))
+        alpha, kohya = float(args.lora_alpha or args.rank), convert_state_dict_to_kohya(named)  # which writes the rank
+        kohya = {name: torch.tensor(alpha) if name.endswith(".alpha") else t for name, t in kohya.items()}
+        save_aside(output_dir / "pytorch_lora_weights_kohya.safetensors", lambda path: save_file(kohya, path))
     if model.tokens:
         rows = {key: tokens.rows.detach().cpu() for key, tokens in zip(("clip_l", "clip_g"), model.tokens)}
         save_aside(output_dir / "learned_embeds.safetensors", lambda path: save_file(rows, path))
@@ -1162,26 +1141,33 @@ def save_model_card(prompt: str, images: list[Image.Image], report: str, args: a
     usage += [f"image = pipeline({prompt!r}, height={args.resolution}, width={args.resolution}).images[0]"]
     usage = "\n".join(usage)
 
-    named = {"loss_type", "learning_rate", "max_train_steps", "resolution", "rank", *args.changed}
-    named |= {"beta_mapo"} if args.loss_type == "mapo" else set()
+    named = {"loss_type", "learning_rate", "rank", *args.changed} | ({f"beta_{args.loss_type}"} & vars(args).keys())
     named -= set("output_dir cache_dir logging_dir resume_from_checkpoint report_to push_to_hub hub_token".split())
     settings = json.dumps({name: getattr(args, name) for name in sorted(named)}, indent=2, ensure_ascii=False)
-    # Longer than any run of backticks in a prompt, which could end the block.
-    fence = "`" * (1 + max(map(len, re.findall("`+", f"{usage} {settings} {report}") + ["``"])))
-    method = {"mapo": f"MaPO (beta {args.beta_mapo:g})", "dco": f"DCO (beta {args.beta_dco:g})"}
-    description = f"""
+    fence = "`" * 12  # longer than any that a prompt may have
+    report = report and f"{fence}\n{report}\n{fence}\n"
+    card = ModelCard(f"""---
+{{}}
+---
 # {Path(args.hub_model_id or args.output_dir).resolve().name}
 
-A LoRA of SDXL{" and a new token" if tokens else ""}, trained on a few photos with
-[{method.get(args.loss_type, "DreamBooth's loss")}](https://huggingface.co/papers/2406.06424).
-"""
-    description += f"\n{fence}\n{report}\n{fence}\n" if report else ""
-    description += "" if args.skip_final_inference else "\n![before and after](before_after.png)\n"
-    description += f"\n![curves](curves.png)\n\n{fence}python\n{usage}\n{fence}\n"
-    description += f"\nSettings that are not the defaults, and some that matter:\n\n{fence}json\n{settings}\n{fence}\n"
+A LoRA of SDXL{" and a new token" if tokens else ""}, trained on a few photos.
+
+{"" if args.skip_final_inference else "![before and after](before_after.png)"} ![curves](curves.png)
+
+{fence}python
+{usage}
+{fence}
+
+{report}
+Settings that are not the defaults, and some that matter:
+
+{fence}json
+{settings}
+{fence}
+""")
     for i, image in enumerate(images):
         save_aside(output_dir / f"image_{i}.png", image.save)
-    card = ModelCard(f"---\n{{}}\n---\n{description}")
     shown = zip(args.validation_prompts, range(len(images)))
     card.data = ModelCardData(
         base_model=None if Path(base).exists() else base,  # the hub refuses a local path
@@ -1216,12 +1202,9 @@ def save_results(model, history: list[dict], photos: list[Photo], rejected, befo
     prompt = (args.validation_prompts or [photos[0].caption])[-1]
     usage = save_model_card(prompt, images, report, args)
     if args.push_to_hub:
-        upload_folder(
-            repo_id=args.hub_model_id,
-            folder_path=args.output_dir,
-            token=args.hub_token,
-            ignore_patterns=["checkpoint-*", f"{args.logging_dir}/*", "tmp-*"],
-        )
+        left_out = ["checkpoint-*", f"{args.logging_dir}/*", "tmp-*"]
+        options = {"folder_path": args.output_dir, "token": args.hub_token, "ignore_patterns": left_out}
+        upload_folder(repo_id=args.hub_model_id, **options)
     print(*filter(None, (report, usage)), sep="\n\n")
 
 
@@ -1365,8 +1348,7 @@ def main(args: argparse.Namespace) -> None:
     )
     trained = torch.nn.ParameterList(p for p in model.parameters() if p.requires_grad)
     model, optimizer = accelerator.prepare(model, optimizer)
-    # Checkpoints hold what is trained, not all weights. The schedule isn't prepared: accelerate would step it once per
-    # process.
+    # Checkpoints hold only what is trained. The schedule isn't prepared: accelerate would step it once per process.
     accelerator.register_save_state_pre_hook(lambda models, weights, folder: weights.clear())
     accelerator.register_load_state_pre_hook(lambda models, folder: models.clear())
     accelerator.register_for_checkpointing(trained, lr_scheduler, dataset)
@@ -1395,10 +1377,8 @@ def main(args: argparse.Namespace) -> None:
         if step % args.checkpointing_steps == 0 or stop or diverged:
             saved = save_checkpoint(step, run, args, accelerator)
         if diverged:
-            fail(
-                f"{log.skipped_in_a_row} steps in a row had a loss or gradient that isn't finite; {saved} has the "
-                "weights as they were. Try a lower --learning_rate, or bf16 instead of fp16"
-            )
+            what = f"{log.skipped_in_a_row} steps in a row had a loss or gradient that isn't finite"
+            fail(f"{what}; {saved} has the weights as they were. Try a lower --learning_rate, or bf16 instead of fp16")
         if stop:
             log.bar.close()
             logger.info(f"{' '.join(signals)}: {saved} is written; go on with --resume_from_checkpoint latest")
