@@ -819,8 +819,8 @@ def encode_data(source: Source, held_out: Source | None, pipeline, args, acceler
         held_out_pairs = encode_pairs(held_out, args.num_validation_pairs, vae, images, args, accelerator)
     else:
         count += args.num_validation_pairs
-    in_all = min(count, source.length or count) * (1 + args.random_flip)
-    warn_of_room(images, in_all * args.resolution**2 / 4, "Latents")  # of two images in fp16, 4 channels, sides / 8
+    size = args.resolution**2 / 4 * (1 + args.random_flip)  # of two images in fp16: 4 channels, each side / 8
+    warn_of_room(images, size * min(count, source.length or count), "Latents")
     pairs = encode_pairs(source, count, vae, images, args, accelerator)
     if held_out is None:
         held_out_pairs, pairs = pairs[: args.num_validation_pairs], pairs[args.num_validation_pairs :]
@@ -841,14 +841,9 @@ def encode_data(source: Source, held_out: Source | None, pipeline, args, acceler
     rows = [load_file(entry_path(captions, hash_of(prompt))) for prompt in [*prompts, ""]]
     embeddings = {name: torch.stack([row[name].float() for row in rows]) for name in rows[0]}
     fractions = (0.5 * args.random_flip, args.proportion_empty_prompts)
-    return Data(
-        EncodedPairs(pairs, images, captions, args.seed, *fractions),
-        EncodedPairs(held_out_pairs, images, captions, args.seed, 0, 0) if held_out_pairs else None,
-        prompts,
-        embeddings,
-        pipeline,
-        images_before=[],
-    )
+    train = EncodedPairs(pairs, images, captions, args.seed, *fractions)
+    measured = EncodedPairs(held_out_pairs, images, captions, args.seed, 0, 0) if held_out_pairs else None
+    return Data(train, measured, prompts, embeddings, pipeline, images_before=[])
 
 
 def pairs_per_step(args: argparse.Namespace, accelerator: Accelerator) -> int:

@@ -800,7 +800,7 @@ def test_other_settings_are_not_resumed(train):
     ):
         with pytest.raises(SystemExit) as stop:
             train("--resume_from_checkpoint=latest", flag)
-        assert message in stop.value.code and "go on as before, or start anew" in stop.value.code
+        assert message in stop.value.code and "keep it or change --output_dir" in stop.value.code
 
 
 def test_sigterm_leaves_a_checkpoint_and_says_how_to_go_on(hub_cache, tmp_path):
