@@ -718,23 +718,24 @@ def encode_pairs(source: Source, count: int, vae, folder: Path, args, accelerato
 
     candidates, pool = enumerate(itertools.islice(source.pairs, count)), ThreadPoolExecutor()
     mine = itertools.islice(candidates, accelerator.process_index, None, accelerator.num_processes)
-    chunks = iter(lambda: list(itertools.islice(mine, 32)), [])  # threads read so many pairs ahead
-    reading = ([(place, table, i, pool.submit(table.images, i, prepare)) for place, (table, i) in c] for c in chunks)
-    found, total = [], -(-count // accelerator.num_processes)
-    bar = tqdm(itertools.chain.from_iterable(reading), desc="Images", total=total, disable=not main)
-    for place, table, i, future in bar:
-        try:
-            images = future.result()
-        except ValueError as error:
-            if not args.skip_unreadable:
-                fail(f"--dataset_name {args.dataset_name}: {error}; mend it, or see --skip_unreadable")
-            images = []
-        for key, views in images:  # an image alone: rounding depends on what else is in a batch
-            if views:
-                latents = encode_pixels(torch.stack([pixels for pixels, _ in views]), vae)
-                time_ids = torch.tensor([ids for _, ids in views], dtype=torch.float32)
-                save_entry(folder, key, {"latents": latents.half(), "time_ids": time_ids})
-        found.append((place, [*(key for key, _ in images), table.captions[i]]))
+    found, bar = [], tqdm(desc="Images", total=-(-count // accelerator.num_processes), disable=not main)
+    while chunk := list(itertools.islice(mine, 32)):
+        futures = [pool.submit(table.images, i, prepare) for _, (table, i) in chunk]  # threads work ahead
+        for (place, (table, i)), future in zip(chunk, futures):
+            try:
+                images = future.result()
+            except ValueError as error:
+                if not args.skip_unreadable:
+                    fail(f"--dataset_name {args.dataset_name}: {error}; mend it, or see --skip_unreadable")
+                images = []
+            for key, views in images:  # an image alone: rounding depends on what else is in a batch
+                if views:
+                    latents = encode_pixels(torch.stack([pixels for pixels, _ in views]), vae)
+                    time_ids = torch.tensor([ids for _, ids in views], dtype=torch.float32)
+                    save_entry(folder, key, {"latents": latents.half(), "time_ids": time_ids})
+            found.append((place, [*(key for key, _ in images), table.captions[i]]))
+            bar.update()
+    bar.close()
     found = [pair for _, pair in sorted(gather_object(found))]
     pairs = [Pair(*pair) for pair in found if len(pair) == 3]  # else unreadable
     source.counts["unreadable"] = len(found) - len(pairs)
