@@ -120,13 +120,14 @@ NEEDS = {  # the latter do nothing without the former
     "use_ema": ("ema_decay", "offload_ema"),
     "compile": ("activation_memory_budget",),
     "push_to_hub": ("hub_model_id",),
-    "label_0_column": ("label_1_column",),
+    "pretrained_model_name_or_path": ("dataset_name",),
+    "dataset_name": ("pretrained_model_name_or_path",),
+    "rejected_column": ("chosen_column",),
+    "chosen_column": ("rejected_column",),
+    "image_0_column": ("image_1_column", "label_0_column"),
+    "image_1_column": ("image_0_column",),
+    "label_0_column": ("image_0_column", "label_1_column"),
 }
-TOGETHER = (
-    ("pretrained_model_name_or_path", "dataset_name"),
-    ("chosen_column", "rejected_column"),
-    ("image_0_column", "image_1_column", "label_0_column"),
-)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -290,11 +291,6 @@ def check_args(parser: argparse.ArgumentParser, args: argparse.Namespace) -> Non
         for name in names:
             if name in args.changed and not getattr(args, needed):
                 parser.error(f"--{name} needs --{needed} too")
-    for together in TOGETHER:
-        given = [name for name in together if getattr(args, name) is not None]
-        missing = [name for name in together if name not in given]
-        if given and missing:
-            parser.error(f"--{given[0]} needs --{missing[0]} too")
     bf16 = args.optimizer == "adamw_bf16"
     for flags, both in {
         "--chosen_column and --image_0_column": args.chosen_column and args.image_0_column,
