@@ -71,10 +71,12 @@ import tempfile
 import textwrap
 import time
 import uuid
-from collections import Counter, deque
+from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -96,12 +98,15 @@ from accelerate.utils import (
 )
 from huggingface_hub import ModelCard, ModelCardData, cached_assets_path, create_repo, upload_folder
 from mapo_loss import mapo_loss
+from peft import LoraConfig, get_peft_model_state_dict
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from tqdm.auto import tqdm
 
 import diffusers
+from diffusers.training_utils import _collate_lora_metadata, cast_training_params
+from diffusers.utils import convert_state_dict_to_kohya
 
 
 logger = get_logger(__name__)
@@ -115,13 +120,14 @@ NEEDS = {  # the latter do nothing without the former
     "use_ema": ("ema_decay", "offload_ema"),
     "compile": ("activation_memory_budget",),
     "push_to_hub": ("hub_model_id",),
-    "label_0_column": ("label_1_column",),
+    "pretrained_model_name_or_path": ("dataset_name",),
+    "dataset_name": ("pretrained_model_name_or_path",),
+    "rejected_column": ("chosen_column",),
+    "chosen_column": ("rejected_column",),
+    "image_0_column": ("image_1_column", "label_0_column"),
+    "image_1_column": ("image_0_column",),
+    "label_0_column": ("image_0_column", "label_1_column"),
 }
-TOGETHER = (
-    ("pretrained_model_name_or_path", "dataset_name"),
-    ("chosen_column", "rejected_column"),
-    ("image_0_column", "image_1_column", "label_0_column"),
-)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -129,20 +135,18 @@ TOGETHER = (
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def number(kind: type, interval: str):  # twin
-    """An argparse type: an int or a float within an interval such as "[0, 1)"."""
-    low, high = (float(bound) for bound in interval[1:-1].split(","))
-
-    def parse(text: str) -> int | float:
+def number(kind: type, interval: str, text: str) -> int | float:  # twin
+    """With `partial`, an argparse type: an int or a float within an interval such as "[0, 1)"."""
+    try:
         value = kind(text)
-        if not (
-            low < value < high or (value == low and interval[0] == "[") or (value == high and interval[-1] == "]")
-        ):
-            raise argparse.ArgumentTypeError(f"{value} is not in {interval}")
-        return value
-
-    parse.__name__ = kind.__name__  # for argparse's message where the text isn't a number
-    return parse
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"invalid {kind.__name__} value: {text!r}") from error
+    low, high = (float(bound) for bound in interval[1:-1].split(","))
+    above_low = value >= low if interval[0] == "[" else value > low
+    below_high = value <= high if interval[-1] == "]" else value < high
+    if not (above_low and below_high):
+        raise argparse.ArgumentTypeError(f"{value} is not in {interval}")
+    return value
 
 
 def parse_args(input_args: list[str] | None = None) -> argparse.Namespace:
@@ -150,9 +154,9 @@ def parse_args(input_args: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, usage=argparse.SUPPRESS, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    add, positive, count = parser.add_argument, number(float, "(0, inf)"), number(int, "[1, inf)")
-    fraction, below_one = number(float, "[0, 1]"), number(float, "[0, 1)")
-    whole, not_negative = number(int, "[0, inf)"), number(float, "[0, inf)")
+    add, whole, count = parser.add_argument, partial(number, int, "[0, inf)"), partial(number, int, "[1, inf)")
+    not_negative, positive = partial(number, float, "[0, inf)"), partial(number, float, "(0, inf)")
+    fraction, below_one = partial(number, float, "[0, 1]"), partial(number, float, "[0, 1)")
     safeguard = lambda text: None if text == "off" else below_one(text)  # noqa: E731
 
     # Model
@@ -178,7 +182,7 @@ def parse_args(input_args: list[str] | None = None) -> argparse.Namespace:
     add("--skip_unreadable", action="store_true", help="Leave out pairs with an image that can't be read.")
     add("--label_noise_prob", type=fraction, default=0.0, help="Fraction of pairs to swap; the seed says which.")
     add("--max_train_samples", type=count, help="Use only the first N pairs.")
-    add("--resolution", type=number(int, "[8, inf)"), default=1024, help="Side of the training images, in pixels.")
+    add("--resolution", type=count, default=1024, help="Side of the training images, in pixels.")
     add("--random_crop", action="store_true", help="Crop each image at one random place, not in the centre.")
     add("--random_flip", action="store_true", help="Mirror half of the pairs, both images or none.")
     add("--proportion_empty_prompts", type=fraction, default=0.0, help="Fraction of captions left out in training.")
@@ -211,8 +215,8 @@ def parse_args(input_args: list[str] | None = None) -> argparse.Namespace:
     add("--lr_warmup_steps", type=whole, default=0, help="Updates in which the rate rises from 0.")
     add("--lr_num_cycles", type=count, default=1, help="Restarts of cosine_with_restarts.")
     add("--lr_power", type=positive, default=1.0, help="Power of polynomial.")
-    add("--optimizer", choices=list(STATE_BYTES), default="adamw", help="adamw_bf16: weights and states in bf16.")
-    add("--use_8bit_adam", action="store_true", help="The same as --optimizer adamw_8bit.")
+    add("--optimizer", choices=STATE_BYTES, default="adamw", help="adamw_bf16: weights and states in bf16.")
+    add("--use_8bit_adam", action="store_const", dest="optimizer", const="adamw_8bit", help="The same as adamw_8bit.")
     add("--adam_beta1", type=below_one, default=0.9, help="Decay of the mean of gradients.")
     add("--adam_beta2", type=below_one, default=0.999, help="Decay of the mean of squared gradients.")
     add("--adam_weight_decay", type=not_negative, default=1e-2, help="Decoupled weight decay.")
@@ -222,7 +226,7 @@ def parse_args(input_args: list[str] | None = None) -> argparse.Namespace:
     add("--use_ema", action="store_true", help="Keep, sample with and save a running mean of the weights.")
     add("--ema_decay", type=fraction, default=0.9999, help="Decay of the running mean at its end.")
     add("--offload_ema", action="store_true", help="Keep the running mean in the CPU's memory between updates.")
-    add("--seed", type=number(int, "[0, 4294967295]"), default=0, help="Seed of everything random.")
+    add("--seed", type=partial(number, int, "[0, 4294967295]"), default=0, help="Seed of everything random.")
 
     # Speed and memory
     add("--mixed_precision", choices=["no", "fp16", "bf16"], help="Default: that of accelerate's configuration.")
@@ -240,7 +244,7 @@ def parse_args(input_args: list[str] | None = None) -> argparse.Namespace:
     add("--validation_steps", type=count, default=500, help="Updates between validations.")
     add("--num_validation_pairs", type=whole, default=0, help="Pairs to hold out from training and measure.")
     add("--validation_split_name", help="Split of the held-out pairs. Default: that of training.")
-    add("--validation_prompts", nargs="+", help="Or a .txt file of them. Default: 8 captions, after training only.")
+    add("--validation_prompts", nargs="+", help="Default: 8 captions, after training only.")
     add("--num_validation_images", type=count, default=1, help="Images per prompt.")
     add("--validation_guidance_scale", type=not_negative, default=5.0, help="Guidance scale of these images.")
     add("--validation_num_inference_steps", type=count, default=25, help="Denoising steps of these images.")
@@ -260,10 +264,7 @@ def parse_args(input_args: list[str] | None = None) -> argparse.Namespace:
     defaults, args = vars(parser.parse_args([])), parser.parse_args(input_args)
     demo = args.pretrained_model_name_or_path is None and args.dataset_name is None
     if demo and not (Path(__file__).resolve().parent / "demo").is_dir():
-        parser.error(
-            "--pretrained_model_name_or_path and --dataset_name are needed: an SDXL model such as "
-            "stabilityai/stable-diffusion-xl-base-1.0, and preference pairs"
-        )
+        parser.error("--pretrained_model_name_or_path and --dataset_name are needed: an SDXL model, and pairs")
     if demo:
         from demo.settings import PAIRS
 
@@ -273,9 +274,7 @@ def parse_args(input_args: list[str] | None = None) -> argparse.Namespace:
     if args.optimizer == "adamw_bf16" and args.mixed_precision is None:
         args.mixed_precision = "bf16"
     check_args(parser, args)
-    check_files(parser, args)
-    if args.use_8bit_adam:
-        args.optimizer = "adamw_8bit"
+    check_output_dir(parser, args)
     if args.learning_rate is None:
         args.learning_rate = 1.0 if args.optimizer == "prodigy" else 1e-5 if args.use_lora else 1e-7
     if args.max_train_steps is None and args.num_train_epochs is None:
@@ -292,15 +291,9 @@ def check_args(parser: argparse.ArgumentParser, args: argparse.Namespace) -> Non
         for name in names:
             if name in args.changed and not getattr(args, needed):
                 parser.error(f"--{name} needs --{needed} too")
-    for together in TOGETHER:
-        given = [name for name in together if getattr(args, name) is not None]
-        missing = [name for name in together if name not in given]
-        if given and missing:
-            parser.error(f"--{given[0]} needs --{missing[0]} too")
-    bf16, other = args.optimizer == "adamw_bf16", args.optimizer not in ("adamw", "adamw_8bit")
+    bf16 = args.optimizer == "adamw_bf16"
     for flags, both in {
         "--chosen_column and --image_0_column": args.chosen_column and args.image_0_column,
-        f"--use_8bit_adam and --optimizer {args.optimizer}": args.use_8bit_adam and other,
         "--use_lora and --optimizer adamw_bf16": args.use_lora and bf16,
         "--use_ema and --optimizer adamw_bf16": args.use_ema and bf16,
         "--optimizer adamw_bf16 and another --mixed_precision": bf16 and args.mixed_precision != "bf16",
@@ -317,37 +310,23 @@ def check_args(parser: argparse.ArgumentParser, args: argparse.Namespace) -> Non
     if args.validation_split_name and not args.num_validation_pairs and not args.demo:
         parser.error("--validation_split_name needs --num_validation_pairs too")
     if args.resolution % 8:
-        parser.error(f"--resolution {args.resolution}: must be a multiple of 8; try {round(args.resolution / 8) * 8}")
+        parser.error(f"--resolution {args.resolution}: must be a multiple of 8; try {-(-args.resolution // 8) * 8}")
     if args.lr_warmup_steps > (args.max_train_steps or math.inf) and not args.demo:
         parser.error(f"--lr_warmup_steps {args.lr_warmup_steps}: more than --max_train_steps {args.max_train_steps}")
 
 
-def check_files(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
-    """Reads the prompts; ends the run with one line where a file isn't there, or one would be overwritten."""
-    if args.image_root is not None and not Path(args.image_root).is_dir():
-        parser.error(f"--image_root {args.image_root}: no such folder")
-    prompts = args.validation_prompts
-    if prompts is not None and len(prompts) == 1 and prompts[0].endswith(".txt"):
-        try:
-            lines = Path(prompts[0]).read_text(encoding="utf-8-sig").splitlines()
-        except (OSError, UnicodeDecodeError) as error:
-            parser.error(f"--validation_prompts {prompts[0]}: {error}")
-        args.validation_prompts = prompts = [line.strip() for line in lines if line.strip()]
-    if prompts is not None and not (prompts and all(prompt.strip() for prompt in prompts)):
-        parser.error("--validation_prompts: a prompt is empty")
+def check_output_dir(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
+    """Ends the run with one line where it would overwrite what it reads, or what an earlier run has left."""
     output_dir = Path(args.output_dir).resolve()
-    for name in ("pretrained_model_name_or_path", "pretrained_vae_model_name_or_path", "dataset_name"):
-        if getattr(args, name) is not None and Path(getattr(args, name)).resolve() == output_dir:
-            parser.error(f"--output_dir {output_dir}: is --{name} too; name another folder")
-    if output_dir == Path(__file__).resolve().parent:
-        parser.error(f"--output_dir {output_dir}: holds this script; name another folder")
+    read = (args.pretrained_model_name_or_path, args.dataset_name, Path(__file__).parent)
+    if output_dir in [Path(source).resolve() for source in read if source is not None]:
+        parser.error(f"--output_dir {output_dir}: holds what the run reads; name another folder")
     if args.resume_from_checkpoint is None:  # the demo may be run again
         for result in ("checkpoint-*/state.json", "unet", "*.safetensors")[: 1 if args.demo else 3]:
             if found := sorted(output_dir.glob(result)):
-                parser.error(
-                    f"--output_dir {output_dir}: holds {found[-1].relative_to(output_dir)} of an earlier run; go on "
-                    "with --resume_from_checkpoint latest, or name another folder"
-                )
+                holds = f"holds {found[-1].relative_to(output_dir)} of an earlier run"
+                remedy = "go on with --resume_from_checkpoint latest, or name another folder"
+                parser.error(f"--output_dir {output_dir}: {holds}; {remedy}")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -378,10 +357,6 @@ def blame(flag: str, value: str):  # twin
 
 def load_unet(args: argparse.Namespace, accelerator: Accelerator) -> tuple:
     """The UNet, on the CPU, and the noise scheduler, whose prediction type decides what the UNet learns to predict."""
-    from peft import LoraConfig
-
-    from diffusers.training_utils import cast_training_params
-
     name, hub = args.pretrained_model_name_or_path, {"revision": args.revision, "cache_dir": args.cache_dir}
     dtype = torch.bfloat16 if args.optimizer == "adamw_bf16" else torch.float32
     if args.use_lora:  # the frozen weights may be as short as the computation
@@ -409,8 +384,6 @@ def load_unet(args: argparse.Namespace, accelerator: Accelerator) -> tuple:
             unet.requires_grad_(False)
             unet.add_adapter(LoraConfig(r=args.rank, target_modules=layers, lora_alpha=alpha, **options))
         cast_training_params(unet, dtype=torch.float32)
-        if accelerator.distributed_type not in SHARDED:  # their checkpoints hold the whole UNet
-            keep_lora_only(accelerator)
     if args.gradient_checkpointing:
         unet.enable_gradient_checkpointing()
     if args.enable_xformers_memory_efficient_attention:
@@ -458,14 +431,7 @@ LAYOUTS = (
     ("caption", "chosen", "rejected", None, None),
     ("prompt", "path1", "path2", None, None),  # HPDv3
 )
-READERS = {
-    ".parquet": "parquet",
-    ".arrow": "arrow",
-    ".json": "json",
-    ".jsonl": "json",
-    ".csv": "csv",
-    ".tar": "webdataset",
-}
+READERS = {f".{name}": name for name in ("parquet", "arrow", "csv", "json")} | {".jsonl": "json", ".tar": "webdataset"}
 
 
 def find_columns(args: argparse.Namespace, names: list[str]) -> tuple:
@@ -491,19 +457,10 @@ def find_columns(args: argparse.Namespace, names: list[str]) -> tuple:
 
 
 class PreferencePairs:
-    """The rows of a table whose label decides.
+    """The rows of a table, or of a chunk of a stream, whose label decides: their numbers, their captions and whether
+    image 0 is the chosen one. Shape: (N,). All rows, and those left out, are counted by reason."""
 
-    Args:
-        dataset: a `datasets.Dataset` whose images are not decoded.
-        chunk: the number of this part of a stream.
-
-    Attributes:
-        rows, captions: of the N pairs that can be used, their rows in the data set and their captions.
-        chosen_first: whether image 0 is the chosen one. Shape: (N,)
-        counts: rows, and those left out, by reason.
-    """
-
-    def __init__(self, dataset, args: argparse.Namespace, chunk: int | None = None) -> None:
+    def __init__(self, dataset, args: argparse.Namespace, chunk: int | None = None, counts: Counter | None = None):
         caption, *self.sides, label_0, label_1 = find_columns(args, dataset.column_names)
         self.dataset, self.chunk, self.image_root, size = dataset, chunk, args.image_root, len(dataset)
         preference = np.ones(size)  # for image 0: 1, 0, a tie at 0.5, or NaN, unlabelled
@@ -517,22 +474,17 @@ class PreferencePairs:
             preference[~(read_labels(dataset, "has_label") > 0)] = math.nan
         tied, unlabelled = preference == 0.5, np.isnan(preference)
         decided = ~unlabelled if args.tie_policy == "random" else ~unlabelled & ~tied
-        self.counts = Counter({"rows": size, "ties": int(tied.sum()), "without a label": int(unlabelled.sum())})
+        self.counts = Counter() if counts is None else counts
+        self.counts.update({"rows": size, "ties": int(tied.sum()), "without a label": int(unlabelled.sum())})
         random = np.random.default_rng((args.seed, 3, chunk or 0)).random((size, 2))
         chosen_first = np.where(tied, random[:, 0] < 0.5, preference > 0.5) ^ (random[:, 1] < args.label_noise_prob)
         self.rows = np.flatnonzero(decided)
         self.chosen_first = chosen_first[self.rows]
         captions = dataset[caption][:]  # a list: to ask a column of `datasets` for each is slow
         self.captions = [captions[row] for row in self.rows.tolist()]
-        for i, text in enumerate(self.captions):
+        for row, text in zip(self.rows, self.captions):
             if not isinstance(text, str):
-                fail(f"--dataset_name: {self.where(i)}: {caption} is {text!r}; a caption must be text")
-
-    def __len__(self) -> int:
-        return len(self.rows)
-
-    def where(self, i: int) -> str:
-        return f"row {self.rows[i]}" if self.chunk is None else f"the row of caption {str(self.captions[i])[:60]!r}"
+                fail(f"--dataset_name: row {row}: {caption} is {text!r}; a caption must be text")
 
     def images(self, i: int, read=None) -> list:
         """Chosen and rejected image of pair i in RGB, or what `read` makes of their files; errors name the row."""
@@ -541,9 +493,9 @@ class PreferencePairs:
             try:
                 found.append((read or decode_image)(read_file(record[side], self.image_root)))
             except Exception as error:  # PIL's decoders raise errors of any kind
-                raise ValueError(
-                    f"{self.where(i)}: {side} is no readable image ({str(error).split(' <_io')[0]})"
-                ) from error
+                row = f"row {self.rows[i]}" if self.chunk is None else f"the row of caption {self.captions[i][:60]!r}"
+                cause = str(error).split(" <_io")[0]
+                raise ValueError(f"{row}: {side} is no readable image ({cause})") from error
         return found
 
 
@@ -561,8 +513,6 @@ def load_dataset(args: argparse.Namespace, split: str) -> tuple:
     datasets.logging.set_verbosity(logging.CRITICAL)  # what it logs as an error is raised too
     if path.exists():
         datasets.disable_progress_bars()  # those of downloads stay
-    elif path.suffix in READERS or name.count("/") > 1 or name[0] in "./~":
-        fail(f"--dataset_name {name}: no such file or folder")
     source = {"path": name, "name": args.dataset_config_name}
     with blame("dataset_name", name if path.exists() else f"{name}, no file or folder here"):
         if path.is_file():
@@ -593,28 +543,17 @@ def load_dataset(args: argparse.Namespace, split: str) -> tuple:
 
 def list_image_folders(path: Path) -> list[dict[str, str]]:
     """`w/NAME.*`, `l/NAME.*`, `NAME.txt` -> one row per name. Files that aren't images are passed over."""
-    images = {}
-    for file in sorted([*path.glob("w/[!.]*"), *path.glob("l/[!.]*")]):
-        if file.suffix.lower() in Image.registered_extensions():
-            sides = images.setdefault(file.stem, {})
-            if (side := file.parent.name) in sides:
-                raise ValueError(f"{file} and {sides[side]} have one name")
-            sides[side] = str(file)
-    rows = []
-    for name, sides in sorted(images.items()):
-        if len(sides) < 2:
-            raise ValueError(f"no image {'l' if 'w' in sides else 'w'}/{name} to go with the other one")
-        caption = (path / f"{name}.txt").read_text(encoding="utf-8-sig").strip()
-        rows.append({"caption": caption, "chosen": sides["w"], "rejected": sides["l"]})
-    return rows
-
-
-def describe(counts: Counter) -> str:
-    return ", ".join(f"{number} {what}" for what, number in counts.items())
+    suffixes = Image.registered_extensions()
+    files = [sorted(p for p in path.glob(f"{side}/[!.]*") if p.suffix.lower() in suffixes) for side in "wl"]
+    chosen, rejected = ({file.stem: str(file) for file in side} for side in files)
+    for name in sorted(chosen.keys() ^ rejected.keys()):
+        raise ValueError(f"no image {'l' if name in chosen else 'w'}/{name} to go with the other one")
+    captions = {name: (path / f"{name}.txt").read_text(encoding="utf-8-sig").strip() for name in sorted(chosen)}
+    return [{"caption": captions[name], "chosen": chosen[name], "rejected": rejected[name]} for name in captions]
 
 
 class Source(NamedTuple):
-    """Where pairs come from, in the order of the first epoch: each is the i-th of a table."""
+    """Where pairs come from, in the order of the first epoch: each is the i-th of a table, or of a stream's chunk."""
 
     pairs: Iterator[tuple[PreferencePairs, int]]
     length: int | None  # None of a stream
@@ -623,32 +562,23 @@ class Source(NamedTuple):
 
 
 def open_source(args: argparse.Namespace, split: str, limit: int | None = None) -> Source:
-    """Ends the run with one line where there is no row that can be used."""
+    """Ends the run with one line where no row of a table can be used."""
     dataset, fingerprint = load_dataset(args, split)
     if fingerprint is not None:
         choices = (args.seed, args.tie_policy, args.label_noise_prob, limit, args.skip_unreadable)
         fingerprint = f"{fingerprint} {choices}"
     if isinstance(dataset, datasets.Dataset):
         table = PreferencePairs(dataset, args)
-        if len(table) == 0:
-            fail(f"--dataset_name {args.dataset_name}: no row can be used ({describe(table.counts)})")
-        length = min(len(table), limit or len(table))
+        if not table.captions:
+            fail(f"--dataset_name {args.dataset_name}: no row has a label that decides ({dict(table.counts)})")
+        length = min(len(table.captions), limit or len(table.captions))
         order = np.random.default_rng((args.seed, 0)).permutation(length).tolist()
         return Source(((table, i) for i in order), length, table.counts, fingerprint)
-
-    counts = Counter()
-
-    def read() -> Iterator[tuple[PreferencePairs, int]]:
-        rows = iter(dataset.shuffle(seed=args.seed, buffer_size=1000))
-        for number in itertools.count():
-            chunk = list(itertools.islice(rows, 64))
-            if not chunk:
-                return
-            table = PreferencePairs(datasets.Dataset.from_list(chunk), args, number)
-            counts.update(table.counts)
-            yield from ((table, i) for i in range(len(table)))
-
-    return Source(itertools.islice(read(), limit), None, counts, fingerprint)
+    rows, counts = iter(dataset.shuffle(seed=args.seed, buffer_size=1000)), Counter()
+    chunks = enumerate(iter(lambda: list(itertools.islice(rows, 64)), []))
+    tables = (PreferencePairs(datasets.Dataset.from_list(chunk), args, i, counts) for i, chunk in chunks)
+    pairs = ((table, i) for table in tables for i in range(len(table.captions)))
+    return Source(itertools.islice(pairs, limit), None, counts, fingerprint)
 
 
 def read_file(value: bytes | str | dict, image_root: str | None = None) -> bytes:
@@ -685,10 +615,7 @@ def prepare_image(
     image: Image.Image, resolution: int, crop: np.ndarray = np.full(2, 0.5), flip: bool = False
 ) -> tuple[torch.Tensor, list[int]]:
     """Resizes the shorter side to `resolution`, crops at a fraction of the room there is (0.5: the centre), mirrors.
-
-    Returns the pixels, uint8, Shape: (3, R, R), and SDXL's micro-conditioning: original height and width, top and left
-    of the crop, target height and width.
-    """
+    Returns the pixels, uint8, Shape: (3, R, R), and SDXL's micro-conditioning: original size, crop, target size."""
     width, height = image.size
     scale = resolution / min(width, height)
     new_width, new_height = max(resolution, round(width * scale)), max(resolution, round(height * scale))
@@ -741,15 +668,6 @@ def warn_of_room(folder: Path, needed: float, what: str) -> None:
         logger.warning(f"{what} may take {needed / 1e9:.1f} GB, but {folder} has {free / 1e9:.1f} GB left.")
 
 
-def prefetch(function, items: Iterator, ahead: int = 32) -> Iterator:
-    """`function` of each item, in their order; threads work ahead."""
-    with ThreadPoolExecutor() as pool:
-        pending = deque(pool.submit(function, item) for item in itertools.islice(items, ahead))
-        while pending:
-            yield pending.popleft().result()
-            pending.extend(pool.submit(function, item) for item in itertools.islice(items, 1))
-
-
 @torch.no_grad()
 def encode_pixels(pixels: torch.Tensor, vae) -> torch.Tensor:  # twin
     """(B, 3, R, R) in 0..255 -> latents as the UNet takes them, (B, C, h, w), fp32: the mode, not a sample."""
@@ -785,7 +703,7 @@ def encode_pairs(source: Source, count: int, vae, folder: Path, args, accelerato
             return [Pair(*pair) for pair in known]
     flips = (False, True) if args.random_flip else (False,)
 
-    def prepare_file(file: bytes) -> tuple:
+    def prepare(file: bytes) -> tuple:
         """Key of an image and, where the cache doesn't have it, what is to be encoded."""
         key = hash_of(file)
         if entry_path(folder, key).exists():
@@ -794,53 +712,45 @@ def encode_pairs(source: Source, count: int, vae, folder: Path, args, accelerato
         image, crop = decode_image(file), random if args.random_crop else np.full(2, 0.5)
         return key, [prepare_image(image, args.resolution, crop, flip) for flip in flips]
 
-    def prepare(item: tuple) -> tuple:
-        """Place, caption and images of a pair; instead of the caption the reason why it can't be read."""
-        place, (table, i) = item
-        try:
-            return place, table.captions[i], table.images(i, prepare_file)
-        except ValueError as error:
-            return place, error, []
-
-    candidates = enumerate(itertools.islice(source.pairs, count))
-    mine = (item for item in candidates if item[0] % accelerator.num_processes == accelerator.process_index)
-    found, total = [], -(-count // accelerator.num_processes)
-    for place, caption, images in tqdm(prefetch(prepare, mine), desc="Images", total=total, disable=not main):
-        if isinstance(caption, ValueError) and not args.skip_unreadable:
-            fail(f"--dataset_name {args.dataset_name}: {caption}; mend it, or see --skip_unreadable")
-        for key, views in images:  # an image alone: rounding depends on what else is in a batch
-            if views:
-                latents = encode_pixels(torch.stack([pixels for pixels, _ in views]), vae)
-                time_ids = torch.tensor([ids for _, ids in views], dtype=torch.float32)
-                save_entry(folder, key, {"latents": latents.half(), "time_ids": time_ids})
-        found.append((place, [*(key for key, _ in images), caption] if images else None))
+    candidates, pool = enumerate(itertools.islice(source.pairs, count)), ThreadPoolExecutor()
+    mine = itertools.islice(candidates, accelerator.process_index, None, accelerator.num_processes)
+    found, bar = [], tqdm(desc="Images", total=-(-count // accelerator.num_processes), disable=not main)
+    while chunk := list(itertools.islice(mine, 32)):
+        futures = [pool.submit(table.images, i, prepare) for _, (table, i) in chunk]  # threads work ahead
+        for (place, (table, i)), future in zip(chunk, futures):
+            try:
+                images = future.result()
+            except ValueError as error:
+                if not args.skip_unreadable:
+                    fail(f"--dataset_name {args.dataset_name}: {error}; mend it, or see --skip_unreadable")
+                images = []
+            for key, views in images:  # an image alone: rounding depends on what else is in a batch
+                if views:
+                    latents = encode_pixels(torch.stack([pixels for pixels, _ in views]), vae)
+                    time_ids = torch.tensor([ids for _, ids in views], dtype=torch.float32)
+                    save_entry(folder, key, {"latents": latents.half(), "time_ids": time_ids})
+            found.append((place, [*(key for key, _ in images), table.captions[i]]))
+            bar.update()
+    bar.close()
     found = [pair for _, pair in sorted(gather_object(found))]
-    pairs = [Pair(*pair) for pair in found if pair is not None]
+    pairs = [Pair(*pair) for pair in found if len(pair) == 3]  # else unreadable
     source.counts["unreadable"] = len(found) - len(pairs)
     source.counts["with an empty caption"] = sum(not pair.caption.strip() for pair in pairs)
-    logger.info(f"{len(pairs)} pairs are used; the data set has {describe(source.counts)}.")
+    counts = ", ".join(f"{number} {what}" for what, number in source.counts.items())
     if not pairs:
-        fail(f"--dataset_name {args.dataset_name}: no row can be used ({describe(source.counts)})")
+        fail(f"--dataset_name {args.dataset_name}: no row can be used ({counts})")
+    logger.info(f"{len(pairs)} pairs are used; the data set has {counts}.")
     if index is not None and main:
         save_aside(index, lambda path: path.write_text(json.dumps(pairs)))
     return pairs
 
 
 @torch.no_grad()
-def embed_captions(captions: list[str], pipeline, device: torch.device) -> dict[str, torch.Tensor]:
-    """`prompt_embeds`, Shape: (B, L, D), and `pooled_prompt_embeds`, (B, P), fp32; zeros for an empty caption where
-    the pipeline has them at inference."""
-    embeds, _, pooled, _ = pipeline.encode_prompt(captions, device=device, do_classifier_free_guidance=False)
-    if pipeline.config.force_zeros_for_empty_prompt:
-        kept = torch.tensor([caption != "" for caption in captions], device=device)
-        embeds, pooled = embeds * kept[:, None, None], pooled * kept[:, None]
-    return {"prompt_embeds": embeds.float(), "pooled_prompt_embeds": pooled.float()}
-
-
 def encode_captions(captions: set[str], pipeline, args, accelerator: Accelerator) -> Path:
-    """The folder of a cache with what `embed_captions` returns for each caption, in fp16."""
+    """The folder of a cache with `prompt_embeds`, Shape: (L, D), and `pooled_prompt_embeds`, (P,), fp16, of each
+    caption; zeros for an empty one where the pipeline has them at inference."""
     words = [sorted(tokenizer.get_vocab().items()) for tokenizer in (pipeline.tokenizer, pipeline.tokenizer_2)]
-    zeros = pipeline.config.force_zeros_for_empty_prompt
+    zeros, device = pipeline.config.force_zeros_for_empty_prompt, accelerator.device
     name = f"captions-{hash_of(pipeline.text_encoder, pipeline.text_encoder_2, words, zeros)}"
     folder = cached_assets_path("mapo", name, assets_dir=args.cache_dir)
     chunks = [sorted(captions)[first : first + 64] for first in range(0, len(captions), 64)]
@@ -848,33 +758,35 @@ def encode_captions(captions: set[str], pipeline, args, accelerator: Accelerator
     for chunk in tqdm(mine, desc="Captions", disable=not accelerator.is_main_process):
         if all(entry_path(folder, hash_of(caption)).exists() for caption in chunk):
             continue
-        embedded = embed_captions(chunk, pipeline, accelerator.device)  # whole chunks: rounding depends on their size
-        for row, caption in enumerate(chunk):
-            save_entry(folder, hash_of(caption), {name: value[row].half() for name, value in embedded.items()})
+        # Whole chunks: rounding depends on their size.
+        embeds, _, pooled, _ = pipeline.encode_prompt(chunk, device=device, do_classifier_free_guidance=False)
+        for caption, *embedded in zip(chunk, embeds, pooled):
+            scale = 0 if zeros and caption == "" else 1
+            embedded = [(scale * value.float()).half() for value in embedded]
+            save_entry(folder, hash_of(caption), dict(zip(("prompt_embeds", "pooled_prompt_embeds"), embedded)))
     accelerator.wait_for_everyone()
     return folder
 
 
+@dataclass
 class EncodedPairs(torch.utils.data.Dataset):
-    """What a training step takes, by position in the run: after the first epoch, pairs are shuffled anew, by seed.
+    """What a training step takes, by position in the run: after the first epoch, pairs are shuffled anew, by seed."""
 
-    Args:
-        images, captions: folders of the caches.
-        flip, drop: fractions of the pairs that are mirrored, and whose caption is left out.
-    """
-
-    def __init__(self, pairs: list[Pair], images: Path, captions: Path, seed: int, flip: float, drop: float) -> None:
-        self.pairs, self.images, self.captions, self.seed, self.fractions = pairs, images, captions, seed, (flip, drop)
-        self.epoch, self.order = 0, range(len(pairs))
+    pairs: list[Pair]
+    images: Path  # folders of the caches
+    captions: Path
+    seed: int
+    flip: float  # fractions of the pairs that are mirrored, and whose caption is left out
+    drop: float
+    epoch: int = 0
+    order: np.ndarray | None = None  # in later epochs
 
     def __getitem__(self, position: int) -> dict[str, torch.Tensor]:
         epoch, i = divmod(position, len(self.pairs))
         if epoch != self.epoch:
-            self.epoch, self.order = epoch, range(len(self.pairs))
-            if epoch > 0:
-                self.order = np.random.default_rng((self.seed, 0, epoch)).permutation(len(self.pairs))
-        pair = self.pairs[self.order[i]]
-        flip, drop = np.random.default_rng((self.seed, 2, position)).random(2) < self.fractions
+            self.epoch, self.order = epoch, np.random.default_rng((self.seed, 0, epoch)).permutation(len(self.pairs))
+        pair = self.pairs[i if epoch == 0 else self.order[i]]
+        flip, drop = np.random.default_rng((self.seed, 2, position)).random(2) < (self.flip, self.drop)
         row = load_file(entry_path(self.captions, hash_of("" if drop else pair.caption)))
         winner, loser = (load_file(entry_path(self.images, key)) for key in (pair.image_w, pair.image_l))
         row["latents"] = torch.stack([winner["latents"][int(flip)], loser["latents"][int(flip)]])
@@ -904,8 +816,7 @@ def encode_data(source: Source, held_out: Source | None, pipeline, args, acceler
         held_out_pairs = encode_pairs(held_out, args.num_validation_pairs, vae, images, args, accelerator)
     else:
         count += args.num_validation_pairs
-    side = args.resolution // 2 ** (len(vae.config.block_out_channels) - 1)
-    size = 4 * vae.config.latent_channels * side**2 * (1 + args.random_flip)  # of two images in fp16
+    size = args.resolution**2 / 4 * (1 + args.random_flip)  # of two images in fp16: 4 channels, each side / 8
     warn_of_room(images, size * min(count, source.length or count), "Latents")
     pairs = encode_pairs(source, count, vae, images, args, accelerator)
     if held_out is None:
@@ -927,14 +838,9 @@ def encode_data(source: Source, held_out: Source | None, pipeline, args, acceler
     rows = [load_file(entry_path(captions, hash_of(prompt))) for prompt in [*prompts, ""]]
     embeddings = {name: torch.stack([row[name].float() for row in rows]) for name in rows[0]}
     fractions = (0.5 * args.random_flip, args.proportion_empty_prompts)
-    return Data(
-        EncodedPairs(pairs, images, captions, args.seed, *fractions),
-        EncodedPairs(held_out_pairs, images, captions, args.seed, 0, 0) if held_out_pairs else None,
-        prompts,
-        embeddings,
-        pipeline,
-        images_before=[],
-    )
+    train = EncodedPairs(pairs, images, captions, args.seed, *fractions)
+    measured = EncodedPairs(held_out_pairs, images, captions, args.seed, 0, 0) if held_out_pairs else None
+    return Data(train, measured, prompts, embeddings, pipeline, images_before=[])
 
 
 def pairs_per_step(args: argparse.Namespace, accelerator: Accelerator) -> int:
@@ -1025,17 +931,18 @@ def make_optimizer(parameters: list, learning_rate: float, args: argparse.Namesp
 class Training(NamedTuple):
     """What an update changes."""
 
-    unet: torch.nn.Module
+    unet: torch.nn.Module  # as accelerate has prepared it
+    model: torch.nn.Module  # as it was loaded
+    parameters: list[torch.nn.Parameter]  # those that are trained
     optimizer: torch.optim.Optimizer
     lr_scheduler: torch.optim.lr_scheduler.LRScheduler
     ema: object | None  # diffusers' EMAModel, with --use_ema
 
 
-def prepare_training(unet, checkpoint: Path | None, args: argparse.Namespace, accelerator: Accelerator) -> Training:
+def prepare_training(model, checkpoint: Path | None, args: argparse.Namespace, accelerator: Accelerator) -> Training:
     """As the checkpoint has it, where there is one."""
-    parameters = trainable(unet, accelerator)
     learning_rate = args.learning_rate * (pairs_per_step(args, accelerator) if args.scale_lr else 1)
-    optimizer = make_optimizer(parameters, learning_rate, args)
+    optimizer = make_optimizer([p for p in model.parameters() if p.requires_grad], learning_rate, args)
     lr_scheduler = diffusers.optimization.get_scheduler(
         args.lr_scheduler,
         optimizer,
@@ -1044,19 +951,19 @@ def prepare_training(unet, checkpoint: Path | None, args: argparse.Namespace, ac
         num_cycles=args.lr_num_cycles,
         power=args.lr_power,
     )
-    if accelerator.distributed_type in SHARDED and accelerator.mixed_precision != "no":  # elsewhere accelerate does so
-        half = HALF_DTYPES[accelerator.mixed_precision]
-        unet.forward = torch.autocast(accelerator.device.type, half, cache_enabled=False)(unet.forward)
-    if accelerator.distributed_type == "DEEPSPEED":  # the weights stay in fp32 as elsewhere, bf16 is autocast
-        for half in ("bf16", "fp16"):
-            accelerator.state.deepspeed_plugin.deepspeed_config[half]["enabled"] = False
-    unet, optimizer = accelerator.prepare(unet, optimizer)
+    if accelerator.distributed_type in SHARDED:
+        prepare_sharding(model, args, accelerator)
+    unet, optimizer = accelerator.prepare(model, optimizer)
     accelerator.register_for_checkpointing(lr_scheduler)  # not prepared: accelerate would step it once per process
-    ema = None
+    parameters, ema = [p for p in model.parameters() if p.requires_grad], None  # FSDP2 has replaced them
+    if args.use_lora and accelerator.distributed_type not in SHARDED:  # checkpoints hold the LoRA, not the whole UNet
+        accelerator.register_save_state_pre_hook(lambda models, weights, folder: weights.clear())
+        accelerator.register_load_state_pre_hook(lambda models, folder: models.clear())
+        accelerator.register_for_checkpointing(torch.nn.ParameterList(parameters))
     if args.use_ema:
-        ema = diffusers.EMAModel(trainable(unet, accelerator), decay=args.ema_decay, use_ema_warmup=True, power=0.75)
+        ema = diffusers.EMAModel(parameters, decay=args.ema_decay, use_ema_warmup=True, power=0.75)
         accelerator.register_for_checkpointing(ema)
-    weights = sum(p.nbytes for p in (parameters if args.use_lora else unwrap(unet, accelerator).parameters()))
+    weights = sum(p.nbytes for p in (parameters if args.use_lora else model.parameters()))
     states = sum(p.numel() for p in parameters) * (STATE_BYTES[args.optimizer] + 4 * args.use_ema)
     warn_of_room(Path(args.output_dir), weights + states, "A checkpoint")
     if checkpoint is not None:
@@ -1065,30 +972,24 @@ def prepare_training(unet, checkpoint: Path | None, args: argparse.Namespace, ac
         logger.info(f"Resumed from {checkpoint}.")
     if ema is not None:
         ema.to("cpu" if args.offload_ema else accelerator.device)
-    return Training(unet, optimizer, lr_scheduler, ema)
+    return Training(unet, model, parameters, optimizer, lr_scheduler, ema)
 
 
-def update_ema(ema, unet, args: argparse.Namespace, accelerator: Accelerator) -> None:
-    ema.to(accelerator.device)
-    ema.step(trainable(unet, accelerator))
-    ema.to("cpu" if args.offload_ema else accelerator.device)
-
-
-def clip_gradients(unet, args: argparse.Namespace, accelerator: Accelerator) -> torch.Tensor:
-    """Norm of the whole gradient before it is clipped, the same in every process."""
-    norm = accelerator.clip_grad_norm_(unet.parameters(), args.max_grad_norm)
-    if hasattr(norm, "full_tensor"):  # of FSDP2
-        norm = norm.full_tensor()
-    return torch.as_tensor(norm, device=accelerator.device)  # DeepSpeed has clipped, stepped and returns a number
-
-
-def unwrap(model, accelerator: Accelerator):
-    model = accelerator.unwrap_model(model)
-    return model._orig_mod if hasattr(model, "_orig_mod") else model
-
-
-def trainable(model, accelerator: Accelerator) -> list[torch.nn.Parameter]:
-    return [parameter for parameter in unwrap(model, accelerator).parameters() if parameter.requires_grad]
+def prepare_sharding(model, args: argparse.Namespace, accelerator: Accelerator) -> None:
+    """Tells DeepSpeed and FSDP2 what accelerate's configuration doesn't; the weights stay in fp32, and half is
+    autocast."""
+    if accelerator.mixed_precision != "no":
+        half = HALF_DTYPES[accelerator.mixed_precision]
+        model.forward = torch.autocast(accelerator.device.type, half, cache_enabled=False)(model.forward)
+    if accelerator.distributed_type == "DEEPSPEED":
+        config = accelerator.state.deepspeed_plugin.deepspeed_config
+        config["train_micro_batch_size_per_gpu"] = args.train_batch_size
+        config["gradient_clipping"] = args.max_grad_norm
+        config["bf16"]["enabled"] = config["fp16"]["enabled"] = False
+    elif accelerator.mixed_precision != "no":
+        options = {"reduce_dtype": torch.float32, "cast_forward_inputs": False}  # else time_ids would be cast
+        policy = torch.distributed.fsdp.MixedPrecisionPolicy(half, **options)
+        accelerator.state.fsdp_plugin.mixed_precision_policy = policy
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -1131,7 +1032,7 @@ FREE_SETTINGS = frozenset(
     "activation_memory_budget allow_tf32 enable_xformers_memory_efficient_attention output_kohya_format save_dtype "
     "checkpointing_steps checkpoints_total_limit resume_from_checkpoint validation_prompts num_validation_images "
     "validation_steps validation_guidance_scale validation_num_inference_steps skip_final_inference report_to "
-    "push_to_hub hub_model_id hub_token use_8bit_adam skip_unreadable offload_ema".split()
+    "push_to_hub hub_model_id hub_token skip_unreadable offload_ema".split()
 )
 
 
@@ -1143,8 +1044,7 @@ def check_resumption(checkpoint: Path | None, now: dict) -> None:  # twin
     for name, value in now.items():
         if then.get(name) != value:
             fail(
-                f"{name} {value}: {checkpoint.name} was trained with {then.get(name)}; go on as before, or start anew "
-                "in another --output_dir"
+                f"{name} {value}: {checkpoint.name} was trained with {then.get(name)}; keep it or change --output_dir"
             )
 
 
@@ -1172,22 +1072,6 @@ def save_checkpoint(step: int, run: dict, args: argparse.Namespace, accelerator:
     return folder
 
 
-def keep_lora_only(accelerator: Accelerator) -> None:
-    """Has checkpoints hold the LoRA's weights instead of all of the UNet's."""
-    from peft import get_peft_model_state_dict, set_peft_model_state_dict
-
-    def save(models, weights, folder) -> None:
-        if accelerator.is_main_process:
-            save_file(get_peft_model_state_dict(unwrap(models[0], accelerator)), Path(folder) / "lora.safetensors")
-        weights.clear()  # accelerate writes what is left in here
-
-    def load(models, folder) -> None:
-        set_peft_model_state_dict(unwrap(models.pop(), accelerator), load_file(Path(folder) / "lora.safetensors"))
-
-    accelerator.register_save_state_pre_hook(save)
-    accelerator.register_load_state_pre_hook(load)
-
-
 def save_aside(path: Path, save) -> None:  # twin
     """`save(path)` under another name first, so that a kill leaves no half file."""
     aside = path.with_name(f"tmp-{path.name}")
@@ -1195,28 +1079,13 @@ def save_aside(path: Path, save) -> None:  # twin
     os.replace(aside, path)
 
 
-def peak_memory_gb(device: torch.device) -> float:
-    """Peak of the device's allocations, or of the process on a CPU, in GB; NaN on Windows, which doesn't say."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device) / 1e9
-    try:
-        import resource
-    except ImportError:
-        return math.nan
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024) / 1e9
-
-
 class MetricsLog:
-    """Writes what is measured to metrics.jsonl, the trackers and the progress bar.
-
-    Attributes:
-        history: one record per step, those before a resumption too, and one per validation.
-        skipped_in_a_row: steps that weren't finite since the last one that was.
-    """
+    """Writes what is measured to metrics.jsonl, the trackers and the progress bar. `history` has one record per step,
+    those before a resumption too, and one per validation."""
 
     def __init__(self, first_step: int, checkpoint: Path | None, args, accelerator: Accelerator) -> None:
         self.args, self.accelerator, self.path = args, accelerator, Path(args.output_dir) / "metrics.jsonl"
-        self.history, self.micro_steps, self.skipped_in_a_row, self.warned = [], [], 0, False
+        self.history, self.micro_steps, self.skipped_in_a_row = [], [], 0
         before = None if checkpoint is None else checkpoint.parent / "metrics.jsonl"
         if before is not None and before.exists():  # a kill may have halved the last line
             lines = [line for line in before.read_text().splitlines(keepends=True) if line.endswith("\n")]
@@ -1225,19 +1094,16 @@ class MetricsLog:
         if accelerator.is_main_process:
             text = "".join(f"{json.dumps(record)}\n" for record in self.history)
             save_aside(self.path, lambda path: path.write_text(text))
-        self.bar = tqdm(
-            total=args.max_train_steps, initial=first_step, desc="Training", disable=not accelerator.is_main_process
-        )
+        hidden = not accelerator.is_main_process
+        self.bar = tqdm(total=args.max_train_steps, initial=first_step, desc="Training", disable=hidden)
         self.shown, self.clock = {}, time.perf_counter()
 
     def end_step(self, step: int, grad_norm: torch.Tensor, learning_rate: float, stop: bool = False) -> bool:
         """Writes the means over micro-batches and processes; returns whether any process wants to stop."""
         names = list(self.micro_steps[0])
         values = [torch.stack([metrics[name].mean() for metrics in self.micro_steps]).mean() for name in names]
-        flag = torch.tensor(float(stop), device=grad_norm.device)
-        *values, norm, stop = self.accelerator.reduce(
-            torch.stack([*values, grad_norm.detach().float(), flag]), "mean"
-        ).tolist()
+        values += [grad_norm.detach().float(), torch.tensor(float(stop), device=grad_norm.device)]
+        *values, norm, stop = self.accelerator.reduce(torch.stack(values), "mean").tolist()
         skipped = not math.isfinite(norm)
         self.skipped_in_a_row, self.micro_steps = self.skipped_in_a_row + 1 if skipped else 0, []
         if skipped:
@@ -1245,15 +1111,14 @@ class MetricsLog:
         record = {"step": step, **dict(zip(names, values)), "grad_norm": norm, "learning_rate": learning_rate}
         pairs, now = pairs_per_step(self.args, self.accelerator), time.perf_counter()
         record |= {"skipped": int(skipped), "pairs_per_second": pairs / (now - self.clock)}
-        self.write(record | {"peak_memory_gb": peak_memory_gb(self.accelerator.device)})
+        if self.accelerator.device.type == "cuda":
+            record["peak_memory_gb"] = torch.cuda.max_memory_allocated() / 1e9
+        self.write(record)
         self.bar.update(1)
-        weights = [r["margin_weight"] for r in self.history[-120:] if r.get("margin_weight") is not None][-100:]
-        if not self.warned and len(weights) == 100 and sum(weights) / 100 < 0.01:
-            self.warned, beta = True, self.args.beta_mapo
-            logger.info(
-                f"--beta_mapo {beta:g}: over 100 steps the margin's gradient was below 1 % of the SFT term's, so this "
-                f"is plain fine-tuning on chosen images. Try --beta_mapo {max(beta / 8, 1):g}, unless that is wanted."
-            )
+        weights = [r["margin_weight"] for r in self.history[-100:] if r.get("margin_weight") is not None]
+        if step == 100 and np.mean(weights) < 0.01:
+            what = "Over 100 steps the margin's gradient was below 1 % of the SFT term's: this is plain fine-tuning"
+            logger.info(f"{what} on chosen images. Unless that is wanted, lower --beta_mapo.")
         return stop > 0
 
     def write(self, record: dict[str, float]) -> None:
@@ -1277,22 +1142,18 @@ def plot_curves(history: list[dict], path: Path) -> None:
     from matplotlib.ticker import MaxNLocator
 
     figure = Figure(figsize=(14, 6), layout="constrained")
-    axes = figure.subplots(2, 3)
-    for axis, name in zip(axes.flat, ("loss", "margin", "accuracy", "margin_weight", "mse_w", "mse_l")):
+    figure.suptitle("Blue: training. Orange: held-out pairs. Strong: running mean of 5 % of the points.", fontsize=10)
+    names = ("loss", "margin", "accuracy", "margin_weight", "mse_w", "mse_l")
+    for axis, name in zip(figure.subplots(2, 3).flat, names):
         axis.set(title=name, xlabel="step")
         axis.xaxis.set_major_locator(MaxNLocator(integer=True))
-        for key, label, color in ((name, "training", "tab:blue"), (f"val_{name}", "held-out pairs", "tab:orange")):
+        for key, color in ((name, "tab:blue"), (f"val_{name}", "tab:orange")):
             points = [(record["step"], record[key]) for record in history if record.get(key) is not None]
-            if not points:
-                continue
-            steps, values = np.array(points).T
-            window = max(1, len(steps) // 20)
-            if window > 1:
+            if points:
+                steps, values = np.array(points).T
+                window = max(1, len(steps) // 20)
                 axis.plot(steps, values, color=color, alpha=0.3, linewidth=0.8)
-                values, label = np.convolve(values, np.ones(window) / window, "valid"), f"{label}, mean of {window}"
-            axis.plot(steps[window - 1 :], values, color=color, label=label)
-    if len(axes.flat[1].get_lines()) > 1:
-        axes.flat[1].legend()
+                axis.plot(steps[window - 1 :], np.convolve(values, np.ones(window) / window, "valid"), color=color)
     save_aside(path, lambda path: figure.savefig(path, dpi=100))
 
 
@@ -1302,52 +1163,47 @@ def plot_curves(history: list[dict], path: Path) -> None:
 
 
 @contextlib.contextmanager
-def averaged(training: Training, accelerator: Accelerator):
+def averaged(training: Training):
     """The UNet with the EMA's weights, where there is an EMA."""
-    parameters = trainable(training.unet, accelerator)
-    if training.ema is not None:
-        training.ema.store(parameters)
-        training.ema.copy_to(parameters)
+    if training.ema is None:
+        yield
+        return
+    training.ema.store(training.parameters)
+    training.ema.copy_to(training.parameters)
     yield
-    if training.ema is not None:
-        training.ema.restore(parameters)
+    training.ema.restore(training.parameters)
 
 
 @torch.no_grad()
 @torch.compiler.set_stance("force_eager")  # not worth compiling for
 def measure_held_out(training: Training, dataset, noise_scheduler, args, accelerator: Accelerator) -> dict:
-    """Means over the held-out pairs, whose noise and timesteps are the same each time."""
-    count, size = len(dataset.pairs), args.train_batch_size
-    # As many calls in every process: a sharded model can be called by all of them together only.
-    rows = -(-count // accelerator.num_processes)
-    mine = (np.arange(rows) * accelerator.num_processes + accelerator.process_index) % count
-    model, measured = unwrap(training.unet, accelerator).eval(), []
-    with averaged(training, accelerator):
-        for chunk in np.split(mine, range(size, rows, size)):
-            batch = torch.utils.data.default_collate([dataset[int(i)] for i in chunk])
+    """Means over the held-out pairs, whose noise and timesteps are the same each time. Every process takes all pairs:
+    a sharded model can be called by all of them together only."""
+    measured, count = [], len(dataset.pairs)
+    training.model.eval()
+    with averaged(training):
+        for first in range(0, count, args.train_batch_size):
+            rows = [dataset[i] for i in range(first, min(first + args.train_batch_size, count))]
+            batch = torch.utils.data.default_collate(rows)
             batch["position"] += 2**61  # a position of no training pair
-            _, metrics = training_step(model, batch, noise_scheduler, args, accelerator.device)
-            values = torch.stack([metrics[name] for name in ("mse_w", "mse_l", "margin", "accuracy")], dim=1)
-            measured += zip(chunk.tolist(), values.tolist())
-    model.train()
-    means = np.mean([values for _, values in sorted(dict(gather_object(measured)).items())], axis=0)
-    return dict(zip(("val_mse_w", "val_mse_l", "val_margin", "val_accuracy"), means.tolist()))
+            measured.append(training_step(training.model, batch, noise_scheduler, args, accelerator.device)[1])
+    training.model.train()
+    names = ("mse_w", "mse_l", "margin", "accuracy")
+    return {f"val_{name}": np.mean(torch.cat([metrics[name] for metrics in measured]).tolist()) for name in names}
 
 
 def warn_of_lost_likelihood(history: list[dict], args: argparse.Namespace) -> None:
     """Once, where the error on held-out chosen images has risen by more than 5 %."""
     measured = [(r["step"], r["val_mse_w"]) for r in history if r.get("val_mse_w") is not None]
     risen = [step for step, error in measured if error > 1.05 * measured[0][1]]
-    if len(risen) != 1 or risen[0] != measured[-1][0]:
-        return
-    good = [p for p in list_checkpoints(Path(args.output_dir)) if int(p.name.split("-")[1]) <= measured[-2][0]]
-    stronger = "--safeguard 0.8" if (args.safeguard or 0) < 0.8 else "a larger --safeguard"
-    logger.warning(
-        f"Step {risen[0]}: the error on held-out chosen images rose from {measured[0][1]:.4g} to "
-        f"{measured[-1][1]:.4g}: the winner's likelihood falls, and images may be ruined. Try {stronger}, a "
-        "lower --learning_rate or a larger --beta_mapo. "
-        f"{good[-1] if good else 'No checkpoint'} is from before that."
-    )
+    if risen == [measured[-1][0]]:
+        good = [p for p in list_checkpoints(Path(args.output_dir)) if int(p.name.split("-")[1]) <= measured[-2][0]]
+        logger.warning(
+            f"Step {risen[0]}: the error on held-out chosen images rose from {measured[0][1]:.4g} to "
+            f"{measured[-1][1]:.4g}: the winner's likelihood falls, and images may be ruined. Try --safeguard (0.8 or "
+            f"more), a lower --learning_rate or a larger --beta_mapo. {good[-1] if good else 'No checkpoint'} is from "
+            "before that."
+        )
 
 
 @torch.no_grad()
@@ -1384,37 +1240,22 @@ def generate_images(model, pipeline, embeddings: dict, args, accelerator: Accele
     return [image for _, image in sorted(dict(gather_object(images)).items())]
 
 
-def find_font(text: str) -> str:  # twin
-    """File of an installed font that has every character of the text; where none has, of matplotlib's own."""
-    from matplotlib import font_manager, ft2font
-
-    own = font_manager.findfont("DejaVu Sans")
-    for path in itertools.chain([own], sorted(font_manager.findSystemFonts())):
-        with contextlib.suppress(OSError, RuntimeError):  # of fonts in bitmaps, or damaged
-            ImageFont.truetype(path, 13)
-            font = ft2font.FT2Font(path)
-            if all(font.get_char_index(ord(character)) for character in text if not character.isspace()):
-                return path
-    logger.info("No installed font has all characters of the prompts; fonts-noto-cjk or fonts-unifont have many.")
-    return own
-
-
 def make_grid(prompts: list[str], before: list[Image.Image], after: list[Image.Image]) -> Image.Image:
     """Each prompt with its two images under it, base on the left, tuned on the right; at most 12 prompts."""
-    side = max(128, min(384, before[0].width))
-    count, head = min(12, len(prompts)), 42
+    from matplotlib import font_manager
+
+    side, head = max(128, min(384, before[0].width)), 42
+    count = min(12, len(prompts))
     columns = min(4, count)
     cell_width, cell_height = 2 * side + 24, side + head + 24
-    font_file = find_font("".join(prompts[:count]))
-    font, small = (ImageFont.truetype(font_file, size) for size in (13, 11))
+    file = font_manager.findfont("DejaVu Sans")  # PIL's own font has no accents
+    font, small = ImageFont.truetype(file, 13), ImageFont.truetype(file, 11)
     grid = Image.new("RGB", (columns * cell_width, -(-count // columns) * cell_height), "white")
     canvas = ImageDraw.Draw(grid)
     for i in range(count):
         x, y = i % columns * cell_width + 8, i // columns * cell_height
-        lines = textwrap.wrap(prompts[i], 2 * side // 8)[:2]
-        canvas.multiline_text((x, y + 6), "\n".join(lines), "black", font)
-        for column, (image, name) in enumerate(((before[i], "before"), (after[i], "after"))):
-            left = x + column * (side + 4)
+        canvas.multiline_text((x, y + 6), "\n".join(textwrap.wrap(prompts[i], side // 4)[:2]), "black", font)
+        for left, image, name in ((x, before[i], "before"), (x + side + 4, after[i], "after")):
             grid.paste(image.resize((side, side), Image.Resampling.LANCZOS), (left, y + head))
             canvas.text((left + 4, y + head + side), name, "grey", small)
     return grid
@@ -1423,16 +1264,16 @@ def make_grid(prompts: list[str], before: list[Image.Image], after: list[Image.I
 def show_images(step: int, training: Training, data: Data, args, accelerator: Accelerator) -> None:
     """A grid of the prompts' images before training and now, in the output folder and the trackers.
 
-    Those before training are generated when they are first shown, so that training needn't wait for them: with the
-    LoRA switched off, or by a UNet that is loaded anew. No gradients are held then: memory has no new peak.
+    Those before training are generated when they are first shown: with the LoRA switched off, or by a UNet that is
+    loaded anew. No gradients are held then: memory has no new peak.
     """
-    model, sampling = unwrap(training.unet, accelerator), (data.pipeline, data.prompt_embeddings, args, accelerator)
-    with averaged(training, accelerator):
-        after = generate_images(model, *sampling)
+    sampling = (data.pipeline, data.prompt_embeddings, args, accelerator)
+    with averaged(training):
+        after = generate_images(training.model, *sampling)
     if not data.images_before and args.use_lora:
-        model.disable_adapters()
-        data.images_before.extend(generate_images(model, *sampling))
-        model.enable_adapters()
+        training.model.disable_adapters()
+        data.images_before.extend(generate_images(training.model, *sampling))
+        training.model.enable_adapters()
     elif not data.images_before:
         base = load_unet(args, accelerator)[0].to(accelerator.device)
         data.images_before.extend(generate_images(base, *sampling))
@@ -1454,27 +1295,10 @@ def show_images(step: int, training: Training, data: Data, args, accelerator: Ac
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def convert_to_kohya(layers: dict[str, torch.Tensor], alpha: float) -> dict[str, torch.Tensor]:  # twin
-    """A LoRA with peft's names, each behind its model's, under the names of sd-scripts, ComfyUI and A1111."""
-    models = {"unet": "lora_unet", "text_encoder": "lora_te1_text_model", "text_encoder_2": "lora_te2_text_model"}
-    converted = {}
-    for name, tensor in layers.items():
-        model, _, module = name.partition(".")
-        module, side, _ = module.removeprefix("text_model.").rsplit(".", 2)
-        module = f"{models[model]}_{module.replace('.', '_')}"
-        converted[f"{module}.{'lora_down' if side == 'lora_A' else 'lora_up'}.weight"] = tensor
-        converted[f"{module}.alpha"] = torch.tensor(float(alpha))
-    return converted
-
-
-def save_weights(unet, args: argparse.Namespace, accelerator: Accelerator) -> None:
+def save_weights(training: Training, args: argparse.Namespace, accelerator: Accelerator) -> None:
     """The LoRA, or the whole pipeline, in diffusers' format. Called by every process: a sharded model is gathered."""
-    from peft import get_peft_model_state_dict
-
-    from diffusers.training_utils import _collate_lora_metadata
-
-    model, output_dir = unwrap(unet, accelerator), Path(args.output_dir)
-    state = accelerator.get_state_dict(unet, unwrap=True)
+    model, output_dir = training.model, Path(args.output_dir)
+    state = accelerator.get_state_dict(training.unet, unwrap=True)
     state = {name.replace("_orig_mod.", ""): tensor for name, tensor in state.items()}
     if not accelerator.is_main_process:
         return
@@ -1487,9 +1311,10 @@ def save_weights(unet, args: argparse.Namespace, accelerator: Accelerator) -> No
             lambda path: write(path.parent, layers, weight_name=path.name, **metadata),
         )
         if args.output_kohya_format:
-            layers = {f"unet.{name}": layer for name, layer in layers.items()}
-            converted = convert_to_kohya(layers, args.lora_alpha or args.rank)
-            save_aside(output_dir / "pytorch_lora_weights_kohya.safetensors", lambda path: save_file(converted, path))
+            kohya = convert_state_dict_to_kohya({f"unet.{name}": layer for name, layer in layers.items()})
+            alpha = float(args.lora_alpha or args.rank)  # diffusers writes the rank
+            kohya = {name: torch.tensor(alpha) if name.endswith(".alpha") else t for name, t in kohya.items()}
+            save_aside(output_dir / "pytorch_lora_weights_kohya.safetensors", lambda path: save_file(kohya, path))
         return
 
     with torch.device("meta"):  # its own weights would be random numbers
@@ -1511,44 +1336,25 @@ def save_weights(unet, args: argparse.Namespace, accelerator: Accelerator) -> No
     aside.rmdir()
 
 
-def save_results(prompts: list[str], history: list[dict], args: argparse.Namespace) -> None:
-    """Curves, the demo's report and the model card; and all of the output folder on the hub."""
-    plot_curves(history, Path(args.output_dir) / "curves.png")
-    report = ""
+def save_model_card(prompts: list[str], args: argparse.Namespace) -> None:
+    """README.md: what the run has made and how to load it; in the demo a report too, which is printed as well."""
+    base, output_dir, tuned = args.pretrained_model_name_or_path, Path(args.output_dir), args.hub_model_id
+    tuned, report, fence = tuned or args.output_dir, "", "`" * 12  # longer than any that a prompt may have
     if args.demo and not args.skip_final_inference:
         from demo.report import preference_report
 
-        report = preference_report(args.output_dir, args.pretrained_model_name_or_path if args.use_lora else None)
+        report = preference_report(args.output_dir, base if args.use_lora else None)
         print(report)
-    save_model_card(prompts, report, args)
-    if args.push_to_hub:
-        upload_folder(
-            repo_id=args.hub_model_id,
-            folder_path=args.output_dir,
-            token=args.hub_token,
-            ignore_patterns=["checkpoint-*", f"{args.logging_dir}/*", "tmp-*"],
-        )
-
-
-def save_model_card(prompts: list[str], report: str, args: argparse.Namespace) -> None:
-    base, output_dir, where = args.pretrained_model_name_or_path, Path(args.output_dir), args.hub_model_id
     hidden = ("hub_token", "cache_dir", "output_dir", "resume_from_checkpoint")
     settings = {"beta_mapo": args.beta_mapo} | {n: getattr(args, n) for n in args.changed if n not in hidden}
     shown = [name for name in ("before_after.png", "curves.png") if (output_dir / name).exists()]
-    tuned, fence = where or args.output_dir, "`" * 12  # longer than any that a prompt may have
     load_lora = f"pipeline.load_lora_weights({tuned!r})\n" if args.use_lora else ""
     card = ModelCard(f"""---
 {{}}
 ---
 # {Path(tuned).name}
 
-SDXL's UNet, tuned on preference pairs with [MaPO](https://huggingface.co/papers/2406.06424), beta {args.beta_mapo:g}.
-
-{fence}text
-base model: {base}
-preference pairs: {args.dataset_name}
-{report}
-{fence}
+SDXL's UNet, tuned on preference pairs with [MaPO](https://huggingface.co/papers/2406.06424).
 
 {" ".join(f"![{name}]({name})" for name in shown)}
 
@@ -1561,10 +1367,10 @@ pipeline = StableDiffusionXLPipeline.from_pretrained(name, dtype=torch.float16).
 {load_lora}image = pipeline({prompts[0]!r}, height={args.resolution}, width={args.resolution}).images[0]
 {fence}
 
-What differs from the script's defaults:
+{fence}
+{report}
 
-{fence}json
-{json.dumps(settings, indent=2)}
+What differs from the script's defaults: {json.dumps(settings, indent=2)}
 {fence}
 """)
     card.data = ModelCardData(
@@ -1612,9 +1418,9 @@ def prepare_run(args: argparse.Namespace) -> Accelerator:
 
     launched = int(os.environ.get("WORLD_SIZE", 1))
     if launched != accelerator.num_processes:  # each would train alone, into the same folder
-        fail(
-            f"{launched} processes were launched but don't find one another; without GPUs set ACCELERATE_USE_CPU=true"
-        )
+        fail(f"{launched} processes were launched but don't find one another; on CPUs set ACCELERATE_USE_CPU=true")
+    if accelerator.distributed_type == "FSDP" and args.use_ema:
+        fail("--use_ema: not with FSDP; see configs/zero2.yaml")
     if accelerator.device.type == "cpu":
         if accelerator.mixed_precision == "fp16":
             fail("--mixed_precision fp16: needs a GPU; take bf16 or no")
@@ -1634,24 +1440,6 @@ def prepare_run(args: argparse.Namespace) -> Accelerator:
     return accelerator
 
 
-def prepare_sharding(args: argparse.Namespace, accelerator: Accelerator) -> None:
-    """Tells FSDP2 and DeepSpeed what accelerate's configuration doesn't."""
-    if accelerator.distributed_type == "DEEPSPEED":
-        config = accelerator.state.deepspeed_plugin.deepspeed_config
-        config["train_micro_batch_size_per_gpu"] = args.train_batch_size
-        config["gradient_clipping"] = args.max_grad_norm
-    elif accelerator.distributed_type == "FSDP":
-        if args.use_ema:
-            fail("--use_ema: not with FSDP; see configs/zero2.yaml")
-        if accelerator.mixed_precision != "no":
-            from torch.distributed.fsdp import MixedPrecisionPolicy
-
-            half = HALF_DTYPES[accelerator.mixed_precision]
-            # Its default casts all inputs, time_ids among them.
-            policy = MixedPrecisionPolicy(half, reduce_dtype=torch.float32, cast_forward_inputs=False)
-            accelerator.state.fsdp_plugin.mixed_precision_policy = policy
-
-
 def watch_signals() -> list[str]:  # twin
     """Names of the signals SIGTERM and SIGINT that came since; a second one ends the process as ever."""
     came = []
@@ -1667,7 +1455,7 @@ def watch_signals() -> list[str]:  # twin
 
 def train(first_step, training, data, noise_scheduler, run, log, args, accelerator) -> bool:
     """All steps from `first_step` on; False where a signal came before the last."""
-    unet, optimizer, lr_scheduler, ema = training
+    unet, ema = training.unet, training.ema
     measuring = (training, data.held_out, noise_scheduler, args, accelerator)
     signals, step, pairs_in_step = watch_signals(), first_step, pairs_per_step(args, accelerator)
     patience = args.max_nonfinite_steps + (20 if accelerator.scaler else 0)  # fp16 finds its scale by such steps
@@ -1680,18 +1468,22 @@ def train(first_step, training, data, noise_scheduler, run, log, args, accelerat
             log.micro_steps.append(metrics)
             skip = False
             if accelerator.sync_gradients:
-                grad_norm = clip_gradients(unet, args, accelerator)
+                norm = accelerator.clip_grad_norm_(unet.parameters(), args.max_grad_norm)
+                norm = norm.full_tensor() if hasattr(norm, "full_tensor") else norm  # FSDP2's is sharded
+                grad_norm = torch.as_tensor(norm, device=accelerator.device)  # DeepSpeed's is a number
                 skip = not bool(grad_norm.isfinite())
             if not skip or accelerator.scaler is not None:  # fp16's scaler skips such a step and lowers its scale
-                optimizer.step()
-            optimizer.zero_grad()
+                training.optimizer.step()
+            training.optimizer.zero_grad()
         if not accelerator.sync_gradients:
             continue
         step += 1
-        lr_scheduler.step()
+        training.lr_scheduler.step()
         if ema is not None and not skip:
-            update_ema(ema, unet, args, accelerator)
-        stop = log.end_step(step, grad_norm, lr_scheduler.get_last_lr()[0], bool(signals))
+            ema.to(accelerator.device)
+            ema.step(training.parameters)
+            ema.to("cpu" if args.offload_ema else accelerator.device)
+        stop = log.end_step(step, grad_norm, training.lr_scheduler.get_last_lr()[0], bool(signals))
         validate = step % args.validation_steps == 0 or step == args.max_train_steps
         if data.held_out and validate:
             log.write({"step": step} | measure_held_out(*measuring))
@@ -1703,10 +1495,8 @@ def train(first_step, training, data, noise_scheduler, run, log, args, accelerat
             state = run | {"pairs": hash_of(data.train.pairs[: step * pairs_in_step])}
             saved = save_checkpoint(step, state, args, accelerator)
         if diverged:
-            fail(
-                f"{log.skipped_in_a_row} steps in a row had a loss or gradient that isn't finite; {saved} has the "
-                "weights as they were. Try a lower --learning_rate, or bf16 instead of fp16"
-            )
+            what = f"{log.skipped_in_a_row} steps in a row had a loss or gradient that isn't finite"
+            fail(f"{what}; {saved} has the weights as they were. Try a lower --learning_rate, or bf16 instead of fp16")
         if stop:
             logger.info(f"{' '.join(signals)}: {saved} is written; go on with --resume_from_checkpoint latest")
             return False
@@ -1720,14 +1510,10 @@ def known_errors_end_in_one_line():  # twin
     try:
         yield
     except KeyboardInterrupt:
-        fail(
-            "interrupted; the same command goes on with what is encoded, --resume_from_checkpoint latest with the rest"
-        )
+        fail("interrupted; the same command goes on with what is encoded, with a checkpoint: --resume_from_checkpoint")
     except (OSError, SafetensorError) as error:
-        fail(
-            f"{str(error).strip().splitlines()[0]}; where the disk of --output_dir or --cache_dir is full, make room, "
-            "then go on with --resume_from_checkpoint latest"
-        )
+        cause = str(error).strip().splitlines()[0]
+        fail(f"{cause}; if --output_dir or --cache_dir is full, make room and add --resume_from_checkpoint latest")
 
 
 @known_errors_end_in_one_line()
@@ -1738,7 +1524,6 @@ def main(args: argparse.Namespace) -> None:
         print(PAIRS_NOTE)
     started = time.perf_counter()
     accelerator = prepare_run(args)
-    prepare_sharding(args, accelerator)
     if args.push_to_hub and accelerator.is_main_process:  # so that a wrong name or token shows now
         name = args.hub_model_id or Path(args.output_dir).resolve().name
         with blame("push_to_hub", name):
@@ -1768,21 +1553,24 @@ def main(args: argparse.Namespace) -> None:
     data = encode_data(source, held_out, pipeline, args, accelerator)
     check_resumption(checkpoint, {"pairs": hash_of(data.train.pairs[: first_step * pairs_in_step])})
     training = prepare_training(unet.to(accelerator.device), checkpoint, args, accelerator)
-    if args.report_to != "none":
-        settings = {name: str(value) for name, value in vars(args).items() if name != "hub_token"}
-        accelerator.init_trackers("mapo", config=settings)
+    accelerator.init_trackers("mapo", config={k: str(v) for k, v in vars(args).items() if k != "hub_token"})
 
     logger.info(f"First step after {time.perf_counter() - started:.1f} s.")
     log = MetricsLog(first_step, checkpoint, args, accelerator)
     with log.bar:
         finished = train(first_step, training, data, noise_scheduler, run, log, args, accelerator)
     if finished:
-        with averaged(training, accelerator):
-            save_weights(training.unet, args, accelerator)
+        with averaged(training):
+            save_weights(training, args, accelerator)
         if not args.skip_final_inference:
             show_images(args.max_train_steps, training, data, args, accelerator)
         if accelerator.is_main_process:
-            save_results(data.prompts, log.history, args)
+            plot_curves(log.history, Path(args.output_dir) / "curves.png")
+            save_model_card(data.prompts, args)
+            if args.push_to_hub:
+                left_out = ["checkpoint-*", f"{args.logging_dir}/*", "tmp-*"]
+                options = {"folder_path": args.output_dir, "token": args.hub_token, "ignore_patterns": left_out}
+                upload_folder(repo_id=args.hub_model_id, **options)
             print(f"Done in {time.perf_counter() - started:.0f} s: {args.output_dir}")
     del training  # DDP before its process group: freed after it, it can wait for gloo's threads forever
     accelerator.free_memory()

@@ -63,7 +63,6 @@ import contextlib
 import hashlib
 import importlib.util
 import io
-import itertools
 import json
 import logging
 import math
@@ -76,6 +75,7 @@ import tempfile
 import textwrap
 import time
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -96,12 +96,15 @@ from accelerate.utils import (
 )
 from huggingface_hub import ModelCard, ModelCardData, cached_assets_path, create_repo, upload_folder
 from mapo_loss import mapo_loss
+from peft import LoraConfig, get_peft_model_state_dict
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from tqdm.auto import tqdm
 
 import diffusers
+from diffusers.training_utils import _collate_lora_metadata, cast_training_params
+from diffusers.utils import convert_state_dict_to_kohya
 
 
 logger = get_logger(__name__)
@@ -118,20 +121,18 @@ PACKAGES |= {tracker: tracker for tracker in ("tensorboard", "wandb", "trackio")
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def number(kind: type, interval: str):  # twin
-    """An argparse type: an int or a float within an interval such as "[0, 1)"."""
-    low, high = (float(bound) for bound in interval[1:-1].split(","))
-
-    def parse(text: str) -> int | float:
+def number(kind: type, interval: str, text: str) -> int | float:  # twin
+    """With `partial`, an argparse type: an int or a float within an interval such as "[0, 1)"."""
+    try:
         value = kind(text)
-        if not (
-            low < value < high or (value == low and interval[0] == "[") or (value == high and interval[-1] == "]")
-        ):
-            raise argparse.ArgumentTypeError(f"{value} is not in {interval}")
-        return value
-
-    parse.__name__ = kind.__name__  # for argparse's message where the text isn't a number
-    return parse
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"invalid {kind.__name__} value: {text!r}") from error
+    low, high = (float(bound) for bound in interval[1:-1].split(","))
+    above_low = value >= low if interval[0] == "[" else value > low
+    below_high = value <= high if interval[-1] == "]" else value < high
+    if not (above_low and below_high):
+        raise argparse.ArgumentTypeError(f"{value} is not in {interval}")
+    return value
 
 
 def parse_args(input_args: list[str] | None = None) -> argparse.Namespace:
@@ -139,8 +140,9 @@ def parse_args(input_args: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, usage=argparse.SUPPRESS, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    add, positive, count = parser.add_argument, number(float, "(0, inf)"), number(int, "[1, inf)")
-    below_one, not_negative = number(float, "[0, 1)"), number(float, "[0, inf)")
+    add, whole, count = parser.add_argument, partial(number, int, "[0, inf)"), partial(number, int, "[1, inf)")
+    not_negative, positive = partial(number, float, "[0, inf)"), partial(number, float, "(0, inf)")
+    below_one = partial(number, float, "[0, 1)")
     safeguard = lambda text: None if text == "off" else below_one(text)  # noqa: E731
 
     # Model
@@ -155,7 +157,7 @@ def parse_args(input_args: list[str] | None = None) -> argparse.Namespace:
     add("--config_name", help="Which entry of DCO's JSON to use, where it has several.")
     add("--placeholder_token", nargs="+", help='New tokens, such as "<dog>"; without any, a style is learnt.')
     add("--initializer_token", nargs="+", help="For each new token, the word that it starts from.")
-    add("--resolution", type=number(int, "[8, inf)"), default=1024, help="Side of the training images, in pixels.")
+    add("--resolution", type=count, default=1024, help="Side of the training images, in pixels.")
     add("--cache_dir", help="Folder for downloads and for rejected images.")
 
     # Rejected images
@@ -192,18 +194,18 @@ def parse_args(input_args: list[str] | None = None) -> argparse.Namespace:
     add("--text_encoder_lr", type=positive, help="Rate of tokens and text encoders. Default: 5e-6; 1 for prodigy.")
     add("--scale_lr", action="store_true", help="Multiply both rates by the photos in an update.")
     add("--lr_scheduler", default="constant", choices=SCHEDULES, help="How the rates change.")
-    add("--lr_warmup_steps", type=number(int, "[0, inf)"), default=0, help="Updates in which the rates rise from 0.")
+    add("--lr_warmup_steps", type=whole, default=0, help="Updates in which the rates rise from 0.")
     add("--lr_num_cycles", type=count, default=1, help="Restarts of cosine_with_restarts.")
     add("--lr_power", type=positive, default=1.0, help="Power of polynomial.")
     add("--optimizer", choices=OPTIMIZERS, default="adamw", help="Optimizer.")
-    add("--use_8bit_adam", action="store_true", help="The same as --optimizer adamw_8bit.")
+    add("--use_8bit_adam", action="store_const", dest="optimizer", const="adamw_8bit", help="The same as adamw_8bit.")
     add("--adam_beta1", type=below_one, default=0.9, help="Decay of the mean of gradients.")
     add("--adam_beta2", type=below_one, default=0.999, help="Decay of the mean of squared gradients.")
     add("--adam_weight_decay", type=not_negative, default=1e-4, help="Decoupled weight decay.")
     add("--adam_epsilon", type=positive, default=1e-8, help="Added to Adam's denominator.")
     add("--max_grad_norm", type=positive, default=1.0, help="Norm to which longer gradients are clipped.")
     add("--max_nonfinite_steps", type=count, default=10, help="Stop after N steps in a row that aren't finite.")
-    add("--seed", type=number(int, "[0, 4294967295]"), default=0, help="Seed of everything random.")
+    add("--seed", type=partial(number, int, "[0, 4294967295]"), default=0, help="Seed of everything random.")
 
     # Speed and memory
     add("--mixed_precision", choices=["no", "fp16", "bf16"], help="Default: that of accelerate's configuration.")
@@ -218,7 +220,7 @@ def parse_args(input_args: list[str] | None = None) -> argparse.Namespace:
     add("--checkpoints_total_limit", type=count, default=2, help="Keep only the newest N checkpoints.")
     add("--resume_from_checkpoint", help="Folder of a checkpoint, or `latest`.")
     add("--validation_steps", type=count, help="Generate images every N updates too, not only after training.")
-    add("--validation_prompts", nargs="+", help="New contexts for the subject, or a .txt file, one a line.")
+    add("--validation_prompts", nargs="+", help="New contexts for the subject.")
     add("--guidance_scale", type=not_negative, default=5.0, help="Guidance scale of generated images.")
     add("--num_inference_steps", type=count, default=25, help="Denoising steps of generated images.")
     add("--sample_batch_size", type=count, default=4, help="Images to generate at once.")
@@ -237,10 +239,7 @@ def parse_args(input_args: list[str] | None = None) -> argparse.Namespace:
     defaults, args = vars(parser.parse_args([])), parser.parse_args(input_args)
     demo = args.pretrained_model_name_or_path is None and args.instance_data_dir is None
     if demo and not (Path(__file__).resolve().parent / "demo").is_dir():
-        parser.error(
-            "--pretrained_model_name_or_path and --instance_data_dir are needed: an SDXL model such as "
-            "stabilityai/stable-diffusion-xl-base-1.0, and photos"
-        )
+        parser.error("--pretrained_model_name_or_path and --instance_data_dir are needed: an SDXL model, and photos")
     if demo:
         from demo.settings import SUBJECT
 
@@ -249,9 +248,7 @@ def parse_args(input_args: list[str] | None = None) -> argparse.Namespace:
     args.demo, args.changed = demo, sorted(name for name, value in vars(args).items() if value != defaults[name])
     args.uses_rejected = args.loss_type == "mapo" or args.with_prior_preservation
     check_args(parser, args)
-    check_files(parser, args)
-    if args.use_8bit_adam:
-        args.optimizer = "adamw_8bit"
+    check_folders(parser, args)
     for name, rate in (("learning_rate", 5e-5), ("text_encoder_lr", 5e-6)):
         if getattr(args, name) is None:
             setattr(args, name, 1.0 if args.optimizer == "prodigy" else rate)
@@ -283,13 +280,11 @@ def check_args(parser: argparse.ArgumentParser, args: argparse.Namespace) -> Non
         for name in set(names.split()) & set(args.changed):
             if not given:  # it would do nothing
                 parser.error(f"--{name} needs {flag} too")
+    refresh = args.refresh_rejected_steps
     for flags, both in {
-        f"--use_8bit_adam and --optimizer {args.optimizer}": args.use_8bit_adam and "adamw" not in args.optimizer,
         "--use_dora and --output_kohya_format": args.use_dora and args.output_kohya_format,  # no loader reads it
         # The images of the class must show what it was, not what the subject is.
-        "--refresh_rejected_steps and --with_prior_preservation": (
-            args.refresh_rejected_steps and args.with_prior_preservation
-        ),
+        "--refresh_rejected_steps and --with_prior_preservation": refresh and args.with_prior_preservation,
         # accelerate's configuration of wandb would carry the token to wandb's servers.
         "--hub_token and --report_to wandb": args.hub_token and args.report_to == "wandb",
     }.items():
@@ -300,25 +295,16 @@ def check_args(parser: argparse.ArgumentParser, args: argparse.Namespace) -> Non
         if package is not None and importlib.util.find_spec(package) is None:
             parser.error(f"--{flag} {getattr(args, flag)} needs a package: pip install {package}")
     if args.resolution % 8:
-        parser.error(f"--resolution {args.resolution}: must be a multiple of 8; try {round(args.resolution / 8) * 8}")
+        parser.error(f"--resolution {args.resolution}: must be a multiple of 8; try {-(-args.resolution // 8) * 8}")
     if args.lr_warmup_steps > (args.max_train_steps or math.inf):
         parser.error(f"--lr_warmup_steps {args.lr_warmup_steps}: more than --max_train_steps {args.max_train_steps}")
 
 
-def check_files(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
-    """Reads the prompts; ends the run with one line where a file isn't there, or one would be overwritten."""
+def check_folders(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
+    """Ends the run with one line where a folder isn't there, or something in it would be overwritten."""
     for name in ("instance_data_dir", "rejected_data_dir"):
         if getattr(args, name) is not None and not Path(getattr(args, name)).exists():
             parser.error(f"--{name} {getattr(args, name)}: no such folder")
-    prompts = args.validation_prompts
-    if prompts is not None and len(prompts) == 1 and prompts[0].endswith(".txt"):
-        try:
-            lines = Path(prompts[0]).read_text(encoding="utf-8-sig").splitlines()
-        except (OSError, UnicodeDecodeError) as error:
-            parser.error(f"--validation_prompts {prompts[0]}: {error}")
-        args.validation_prompts = prompts = [line.strip() for line in lines if line.strip()]
-    if prompts is not None and not all(prompts and [prompt.strip() for prompt in prompts]):
-        parser.error("--validation_prompts: a prompt is empty")
     output_dir = Path(args.output_dir).resolve()
     read = (args.pretrained_model_name_or_path, args.instance_data_dir, Path(__file__).parent)
     if output_dir in [Path(source).resolve() for source in read if source is not None]:
@@ -326,10 +312,9 @@ def check_files(parser: argparse.ArgumentParser, args: argparse.Namespace) -> No
     if args.resume_from_checkpoint is None:  # the demo may be run again
         for result in ("checkpoint-*/state.json", "*.safetensors")[: 1 if args.demo else 2]:
             if found := sorted(output_dir.glob(result)):
-                parser.error(
-                    f"--output_dir {output_dir}: holds {found[-1].relative_to(output_dir)} of an earlier run; go on "
-                    "with --resume_from_checkpoint latest, or name another folder"
-                )
+                holds = f"holds {found[-1].relative_to(output_dir)} of an earlier run"
+                remedy = "go on with --resume_from_checkpoint latest, or name another folder"
+                parser.error(f"--output_dir {output_dir}: {holds}; {remedy}")
 
 
 def fail(message: str) -> None:  # twin
@@ -471,10 +456,6 @@ class PersonalizedModel(torch.nn.Module):
 
 def add_lora(module, args: argparse.Namespace, target_modules: list[str], **options) -> None:
     """Adds a LoRA in fp32 to layers of the UNet or of a text encoder."""
-    from peft import LoraConfig
-
-    from diffusers.training_utils import cast_training_params
-
     with blame("lora_layers", args.lora_layers):
         for layer in target_modules:  # peft passes over a name that fits nothing, where another one fits
             if not any(f".{name}".endswith(f".{layer}") for name, _ in module.named_modules() if layer):
@@ -629,11 +610,8 @@ def decode_image(file: bytes | str | Path | Image.Image) -> Image.Image:  # twin
 
 
 def prepare_image(image: Image.Image, resolution: int) -> tuple[torch.Tensor, list[int]]:
-    """Resizes the shorter side to `resolution` and crops the centre.
-
-    Returns the pixels, uint8, Shape: (3, R, R), and SDXL's micro-conditioning: original height and width, top and left
-    of the crop, target height and width.
-    """
+    """Resizes the shorter side to `resolution` and crops the centre. Returns the pixels, uint8, Shape: (3, R, R), and
+    SDXL's micro-conditioning: original size, crop, target size."""
     width, height = image.size
     side, scale = min(width, height), resolution / min(width, height)
     left, top = (width - side) / 2, (height - side) / 2
@@ -646,17 +624,15 @@ def prepare_image(image: Image.Image, resolution: int) -> tuple[torch.Tensor, li
 
 def find_rejected(photos: list[Photo], args: argparse.Namespace) -> list[list[Image.Image]]:
     """As many of the images in --rejected_data_dir for each photo as --num_rejected_per_image asks for."""
-    folder, found = Path(args.rejected_data_dir), []
+    folder, needed, found = Path(args.rejected_data_dir), args.num_rejected_per_image, []
     for photo in photos:
         pattern = re.compile(re.escape(photo.name) + r"-\d+")
         files = sorted(p for p in folder.iterdir() if pattern.fullmatch(p.stem) and p.suffix.lower() in IMAGE_SUFFIXES)
-        if len(files) < args.num_rejected_per_image:
-            fail(
-                f"--rejected_data_dir {folder}: {len(files)} images {photo.name}-NUMBER for photo {photo.name}, "
-                f"needs {args.num_rejected_per_image}; add some, or lower --num_rejected_per_image"
-            )
+        if len(files) < needed:
+            short = f"{len(files)} images {photo.name}-NUMBER for photo {photo.name}, needs {needed}"
+            fail(f"--rejected_data_dir {folder}: {short}; add some, or lower --num_rejected_per_image")
         with blame("rejected_data_dir", f"{folder}, images of {photo.name}"):
-            found.append([decode_image(file) for file in files[: args.num_rejected_per_image]])
+            found.append([decode_image(file) for file in files[:needed]])
     return found
 
 
@@ -912,7 +888,7 @@ FREE_SETTINGS = frozenset(
     "num_train_epochs max_nonfinite_steps train_batch_size gradient_accumulation_steps gradient_checkpointing compile "
     "allow_tf32 enable_xformers_memory_efficient_attention output_kohya_format checkpointing_steps "
     "checkpoints_total_limit resume_from_checkpoint validation_prompts validation_steps skip_final_inference "
-    "sample_batch_size report_to push_to_hub hub_model_id hub_token use_8bit_adam".split()
+    "sample_batch_size report_to push_to_hub hub_model_id hub_token".split()
 )
 
 
@@ -924,8 +900,7 @@ def check_resumption(checkpoint: Path | None, now: dict) -> None:  # twin
     for name, value in now.items():
         if then.get(name) != value:
             fail(
-                f"{name} {value}: {checkpoint.name} was trained with {then.get(name)}; go on as before, or start anew "
-                "in another --output_dir"
+                f"{name} {value}: {checkpoint.name} was trained with {then.get(name)}; keep it or change --output_dir"
             )
 
 
@@ -953,24 +928,6 @@ def save_checkpoint(step: int, run: dict, args: argparse.Namespace, accelerator:
     return folder
 
 
-def keep_trained_only(accelerator: Accelerator) -> None:
-    """Has checkpoints hold what is trained, LoRA and rows of tokens, instead of all weights."""
-
-    def save(models, weights, folder) -> None:
-        if accelerator.is_main_process:
-            named = accelerator.unwrap_model(models[0]).named_parameters()
-            trained = {name: p.detach().contiguous() for name, p in named if p.requires_grad}
-            save_file(trained, Path(folder) / "trained.safetensors")
-        weights.clear()  # accelerate writes what is left in here
-
-    def load(models, folder) -> None:
-        trained = load_file(Path(folder) / "trained.safetensors")
-        accelerator.unwrap_model(models.pop()).load_state_dict(trained, strict=False)
-
-    accelerator.register_save_state_pre_hook(save)
-    accelerator.register_load_state_pre_hook(load)
-
-
 def save_aside(path: Path, save) -> None:  # twin
     """`save(path)` under another name first, so that a kill leaves no half file."""
     aside = path.with_name(f"tmp-{path.name}")
@@ -979,12 +936,8 @@ def save_aside(path: Path, save) -> None:  # twin
 
 
 class MetricsLog:
-    """Writes what is measured to metrics.jsonl, the trackers and the progress bar.
-
-    Attributes:
-        history: one record per step, those before a resumption too.
-        skipped_in_a_row: steps that weren't finite since the last one that was.
-    """
+    """Writes what is measured to metrics.jsonl, the trackers and the progress bar. `history` has one record per step,
+    those before a resumption too."""
 
     def __init__(self, first_step: int, checkpoint: Path | None, args, accelerator: Accelerator) -> None:
         self.accelerator, self.path = accelerator, Path(args.output_dir) / "metrics.jsonl"
@@ -997,14 +950,11 @@ class MetricsLog:
         if accelerator.is_main_process:
             text = "".join(f"{json.dumps(record)}\n" for record in self.history)
             save_aside(self.path, lambda path: path.write_text(text))
-        self.bar = tqdm(
-            total=args.max_train_steps, initial=first_step, desc="Training", disable=not accelerator.is_main_process
-        )
+        hidden = not accelerator.is_main_process
+        self.bar = tqdm(total=args.max_train_steps, initial=first_step, desc="Training", disable=hidden)
         self.clock = time.perf_counter()
 
-    def end_step(
-        self, step: int, metrics: dict[str, torch.Tensor], learning_rate: float, photos: int, stop: bool
-    ) -> bool:
+    def end_step(self, step: int, metrics: dict, learning_rate: float, photos: int, stop: bool) -> bool:
         """Writes the means over processes; returns whether any process wants to stop."""
         flag = torch.tensor(float(stop), device=self.accelerator.device)
         values = torch.stack([value.float() for value in (*metrics.values(), flag)])
@@ -1039,19 +989,14 @@ def plot_curves(history: list[dict], path: Path) -> None:
     names = ("loss", "mse_w", "mse_l", "mse_ref", "mse_prior", "margin", "margin_weight", "accuracy", "grad_norm")
     names = [name for name in names if name in history[0]][:8]
     figure = Figure(figsize=(18, 6), layout="constrained")
-    axes = figure.subplots(2, 4)
-    for axis, name in zip(axes.flat, names):
+    figure.suptitle("Strong: running mean of 5 % of the points.", fontsize=10)
+    for i, name in enumerate(names, 1):
+        axis = figure.add_subplot(2, 4, i, title=name, xlabel="step")
+        axis.xaxis.set_major_locator(MaxNLocator(integer=True))
         steps, values = np.array([(r["step"], r[name]) for r in history if r[name] is not None] or [(0, 0)]).T
         window = max(1, len(steps) // 20)
-        axis.plot(steps, values, color="tab:blue", alpha=0.3 if window > 1 else 1, linewidth=0.8)
-        if window > 1:
-            smooth = np.convolve(values, np.ones(window) / window, mode="valid")
-            axis.plot(steps[window - 1 :], smooth, color="tab:blue", label=f"mean of {window} steps")
-            axis.legend()
-        axis.set(title=name, xlabel="step")
-        axis.xaxis.set_major_locator(MaxNLocator(integer=True))
-    for axis in axes.flat[len(names) :]:
-        axis.set_axis_off()
+        axis.plot(steps, values, color="tab:blue", alpha=0.3, linewidth=0.8)
+        axis.plot(steps[window - 1 :], np.convolve(values, np.ones(window) / window, "valid"), color="tab:blue")
     save_aside(path, lambda path: figure.savefig(path, dpi=100))
 
 
@@ -1088,24 +1033,11 @@ def generate_images(model, prompts: list[str], seeds: list[int], args, accelerat
     return [image for _, image in sorted(gather_object(images), key=lambda pair: pair[0])]
 
 
-def find_font(text: str) -> str:  # twin
-    """File of an installed font that has every character of the text; where none has, of matplotlib's own."""
-    from matplotlib import font_manager, ft2font
-
-    own = font_manager.findfont("DejaVu Sans")
-    for path in itertools.chain([own], sorted(font_manager.findSystemFonts())):
-        with contextlib.suppress(OSError, RuntimeError):  # of fonts in bitmaps, or damaged
-            ImageFont.truetype(path, 13)
-            font = ft2font.FT2Font(path)
-            if all(font.get_char_index(ord(character)) for character in text if not character.isspace()):
-                return path
-    logger.info("No installed font has all characters of the prompts; fonts-noto-cjk or fonts-unifont have many.")
-    return own
-
-
 def make_grid(rows: list[tuple[str, list[str], list[Image.Image]]]) -> Image.Image:
     """Rows of images, each with a title on the left and its captions above the images; at most 6 in a row."""
-    file = find_font("".join(caption for _, captions, _ in rows for caption in captions))
+    from matplotlib import font_manager
+
+    file = font_manager.findfont("DejaVu Sans")  # PIL's own font has no accents
     small, large = ImageFont.truetype(file, 11), ImageFont.truetype(file, 13)
     side = max(128, min(384, max(image.width for _, _, images in rows for image in images)))
     left, head = 110, 40
@@ -1126,11 +1058,8 @@ def log_validation(
     step: int, model, photos: list[Photo], rejected: list[list], before: list, args, accelerator: Accelerator
 ) -> list[Image.Image]:
     """A grid of photos, rejected images, and images of the photos' captions and of --validation_prompts before and
-    after training, in the output folder and in the trackers; returns the last row, the new contexts.
-
-    Args:
-        before: images of the starting model, generated when first shown: the LoRA disabled, captions without tokens.
-    """
+    after training, in the output folder and in the trackers; returns the last row, the new contexts. `before` is
+    filled when first shown: with the LoRA disabled, for captions without tokens."""
     shown = photos[:6]
     captions = [(photo.caption, photo.base_caption) for photo in shown]
     captions += [with_and_without_token(prompt, args) for prompt in args.validation_prompts]
@@ -1160,10 +1089,6 @@ def log_validation(
             tracker.log_images({"before_after": np.array(grid)[None]}, step, dataformats="NHWC")
         elif tracker.name == "wandb":
             tracker.log_images({"before_after": [grid]}, step)
-        else:
-            import trackio
-
-            tracker.log({"before_after": trackio.Image(grid)}, step)
     return after[n:]
 
 
@@ -1174,10 +1099,6 @@ def log_validation(
 
 def save_weights(model, args: argparse.Namespace) -> None:
     """LoRA and rows of tokens, in the files that diffusers' loaders read."""
-    from peft import get_peft_model_state_dict
-
-    from diffusers.training_utils import _collate_lora_metadata
-
     output_dir, layers = Path(args.output_dir), {}
     for part, module in model.adapted.items():
         # transformers dropped the first encoder's `text_model.`, which other loaders ask for and diffusers' accepts.
@@ -1192,24 +1113,12 @@ def save_weights(model, args: argparse.Namespace) -> None:
     )
     if args.output_kohya_format:
         named = {f"{part}.{name}": layer for part, found in layers.items() for name, layer in found.items()}
-        named = convert_to_kohya(named, args.lora_alpha or args.rank)
-        save_aside(output_dir / "pytorch_lora_weights_kohya.safetensors", lambda path: save_file(named, path))
+        alpha, kohya = float(args.lora_alpha or args.rank), convert_state_dict_to_kohya(named)  # which writes the rank
+        kohya = {name: torch.tensor(alpha) if name.endswith(".alpha") else t for name, t in kohya.items()}
+        save_aside(output_dir / "pytorch_lora_weights_kohya.safetensors", lambda path: save_file(kohya, path))
     if model.tokens:
         rows = {key: tokens.rows.detach().cpu() for key, tokens in zip(("clip_l", "clip_g"), model.tokens)}
         save_aside(output_dir / "learned_embeds.safetensors", lambda path: save_file(rows, path))
-
-
-def convert_to_kohya(layers: dict[str, torch.Tensor], alpha: float) -> dict[str, torch.Tensor]:  # twin
-    """A LoRA with peft's names, each behind its model's, under the names of sd-scripts, ComfyUI and A1111."""
-    models = {"unet": "lora_unet", "text_encoder": "lora_te1_text_model", "text_encoder_2": "lora_te2_text_model"}
-    converted = {}
-    for name, tensor in layers.items():
-        model, _, module = name.partition(".")
-        module, side, _ = module.removeprefix("text_model.").rsplit(".", 2)
-        module = f"{models[model]}_{module.replace('.', '_')}"
-        converted[f"{module}.{'lora_down' if side == 'lora_A' else 'lora_up'}.weight"] = tensor
-        converted[f"{module}.alpha"] = torch.tensor(float(alpha))
-    return converted
 
 
 def save_model_card(prompt: str, images: list[Image.Image], report: str, args: argparse.Namespace) -> str:
@@ -1232,26 +1141,33 @@ def save_model_card(prompt: str, images: list[Image.Image], report: str, args: a
     usage += [f"image = pipeline({prompt!r}, height={args.resolution}, width={args.resolution}).images[0]"]
     usage = "\n".join(usage)
 
-    named = {"loss_type", "learning_rate", "max_train_steps", "resolution", "rank", *args.changed}
-    named |= {"beta_mapo"} if args.loss_type == "mapo" else set()
+    named = {"loss_type", "learning_rate", "rank", *args.changed} | ({f"beta_{args.loss_type}"} & vars(args).keys())
     named -= set("output_dir cache_dir logging_dir resume_from_checkpoint report_to push_to_hub hub_token".split())
     settings = json.dumps({name: getattr(args, name) for name in sorted(named)}, indent=2, ensure_ascii=False)
-    # Longer than any run of backticks in a prompt, which could end the block.
-    fence = "`" * (1 + max(map(len, re.findall("`+", f"{usage} {settings} {report}") + ["``"])))
-    method = {"mapo": f"MaPO (beta {args.beta_mapo:g})", "dco": f"DCO (beta {args.beta_dco:g})"}
-    description = f"""
+    fence = "`" * 12  # longer than any that a prompt may have
+    report = report and f"{fence}\n{report}\n{fence}\n"
+    card = ModelCard(f"""---
+{{}}
+---
 # {Path(args.hub_model_id or args.output_dir).resolve().name}
 
-A LoRA of SDXL{" and a new token" if tokens else ""}, trained on a few photos with
-[{method.get(args.loss_type, "DreamBooth's loss")}](https://huggingface.co/papers/2406.06424).
-"""
-    description += f"\n{fence}\n{report}\n{fence}\n" if report else ""
-    description += "" if args.skip_final_inference else "\n![before and after](before_after.png)\n"
-    description += f"\n![curves](curves.png)\n\n{fence}python\n{usage}\n{fence}\n"
-    description += f"\nSettings that are not the defaults, and some that matter:\n\n{fence}json\n{settings}\n{fence}\n"
+A LoRA of SDXL{" and a new token" if tokens else ""}, trained on a few photos.
+
+{"" if args.skip_final_inference else "![before and after](before_after.png)"} ![curves](curves.png)
+
+{fence}python
+{usage}
+{fence}
+
+{report}
+Settings that are not the defaults, and some that matter:
+
+{fence}json
+{settings}
+{fence}
+""")
     for i, image in enumerate(images):
         save_aside(output_dir / f"image_{i}.png", image.save)
-    card = ModelCard(f"---\n{{}}\n---\n{description}")
     shown = zip(args.validation_prompts, range(len(images)))
     card.data = ModelCardData(
         base_model=None if Path(base).exists() else base,  # the hub refuses a local path
@@ -1286,12 +1202,9 @@ def save_results(model, history: list[dict], photos: list[Photo], rejected, befo
     prompt = (args.validation_prompts or [photos[0].caption])[-1]
     usage = save_model_card(prompt, images, report, args)
     if args.push_to_hub:
-        upload_folder(
-            repo_id=args.hub_model_id,
-            folder_path=args.output_dir,
-            token=args.hub_token,
-            ignore_patterns=["checkpoint-*", f"{args.logging_dir}/*", "tmp-*"],
-        )
+        left_out = ["checkpoint-*", f"{args.logging_dir}/*", "tmp-*"]
+        options = {"folder_path": args.output_dir, "token": args.hub_token, "ignore_patterns": left_out}
+        upload_folder(repo_id=args.hub_model_id, **options)
     print(*filter(None, (report, usage)), sep="\n\n")
 
 
@@ -1325,9 +1238,7 @@ def prepare_run(args: argparse.Namespace) -> Accelerator:
 
     launched = int(os.environ.get("WORLD_SIZE", 1))
     if launched != accelerator.num_processes:  # each would train alone, into the same folder
-        fail(
-            f"{launched} processes were launched but don't find one another; without GPUs set ACCELERATE_USE_CPU=true"
-        )
+        fail(f"{launched} processes were launched but don't find one another; on CPUs set ACCELERATE_USE_CPU=true")
     if accelerator.distributed_type in ("FSDP", "DEEPSPEED"):
         fail(f"{accelerator.distributed_type.value}: a LoRA needs no sharding; take configs/ddp.yaml")
     if accelerator.device.type == "cpu":
@@ -1387,14 +1298,10 @@ def known_errors_end_in_one_line():  # twin
     try:
         yield
     except KeyboardInterrupt:
-        fail(
-            "interrupted; the same command goes on with what is encoded, --resume_from_checkpoint latest with the rest"
-        )
+        fail("interrupted; the same command goes on with what is encoded, with a checkpoint: --resume_from_checkpoint")
     except (OSError, SafetensorError) as error:
-        fail(
-            f"{str(error).strip().splitlines()[0]}; where the disk of --output_dir or --cache_dir is full, make room, "
-            "then go on with --resume_from_checkpoint latest"
-        )
+        cause = str(error).strip().splitlines()[0]
+        fail(f"{cause}; if --output_dir or --cache_dir is full, make room and add --resume_from_checkpoint latest")
 
 
 @known_errors_end_in_one_line()
@@ -1439,10 +1346,12 @@ def main(args: argparse.Namespace) -> None:
         num_cycles=args.lr_num_cycles,
         power=args.lr_power,
     )
-    keep_trained_only(accelerator)
+    trained = torch.nn.ParameterList(p for p in model.parameters() if p.requires_grad)
     model, optimizer = accelerator.prepare(model, optimizer)
-    accelerator.register_for_checkpointing(lr_scheduler)  # not prepared: accelerate would step it once per process
-    accelerator.register_for_checkpointing(dataset)
+    # Checkpoints hold only what is trained. The schedule isn't prepared: accelerate would step it once per process.
+    accelerator.register_save_state_pre_hook(lambda models, weights, folder: weights.clear())
+    accelerator.register_load_state_pre_hook(lambda models, folder: models.clear())
+    accelerator.register_for_checkpointing(trained, lr_scheduler, dataset)
     if checkpoint is not None:
         accelerator.load_state(str(checkpoint))
         logger.info(f"Resumed from {checkpoint}.")
@@ -1468,10 +1377,8 @@ def main(args: argparse.Namespace) -> None:
         if step % args.checkpointing_steps == 0 or stop or diverged:
             saved = save_checkpoint(step, run, args, accelerator)
         if diverged:
-            fail(
-                f"{log.skipped_in_a_row} steps in a row had a loss or gradient that isn't finite; {saved} has the "
-                "weights as they were. Try a lower --learning_rate, or bf16 instead of fp16"
-            )
+            what = f"{log.skipped_in_a_row} steps in a row had a loss or gradient that isn't finite"
+            fail(f"{what}; {saved} has the weights as they were. Try a lower --learning_rate, or bf16 instead of fp16")
         if stop:
             log.bar.close()
             logger.info(f"{' '.join(signals)}: {saved} is written; go on with --resume_from_checkpoint latest")

@@ -188,7 +188,7 @@ def count_encoding(resolution: int) -> dict[str, float]:
                 if name == "images":
                     script.encode_pixels(torch.zeros(2, 3, resolution, resolution, dtype=torch.uint8), pipeline.vae)
                 else:
-                    script.embed_captions(["a fox"] * 64, pipeline, META)
+                    pipeline.encode_prompt(["a fox"] * 64, device=META, do_classifier_free_guidance=False)
                 peaks[name] = memory.peak / 1e9
                 del pipeline
     return peaks
@@ -203,7 +203,7 @@ def count_training(flags: tuple[str, ...], resolution: int) -> dict[str, float]:
         unet, noise_scheduler = script.load_unet(args, accelerator)
         training = script.prepare_training(unet, None, args, accelerator)
         if DDP in flags:  # its buckets, of which the gradients are views, stay
-            for parameter in script.trainable(unet, accelerator):
+            for parameter in training.parameters:
                 parameter.grad = torch.zeros_like(parameter)
         memory.peak = memory.held  # what building it took is no matter: the script loads on the CPU
         for _ in range(2):  # the optimizer's state is there from the end of the first on
@@ -211,11 +211,13 @@ def count_training(flags: tuple[str, ...], resolution: int) -> dict[str, float]:
             with kernels(autocast=True):  # in the backward pass for what checkpointing computes again
                 loss, metrics = script.training_step(unet, batch, noise_scheduler, args, META)
                 loss.backward()
-            script.clip_gradients(unet, args, accelerator)
+            accelerator.clip_grad_norm_(unet.parameters(), args.max_grad_norm)
             training.optimizer.step()
             training.optimizer.zero_grad(set_to_none=DDP not in flags)
             if training.ema is not None:
-                script.update_ema(training.ema, unet, args, accelerator)
+                training.ema.to(META)
+                training.ema.step(training.parameters)
+                training.ema.to("cpu" if args.offload_ema else META)
             del loss, metrics, batch
         peaks["training"], memory.peak = memory.peak / 1e9, memory.held
         peaks["kept"] = memory.held / 1e9

@@ -321,7 +321,8 @@ class Training:
             modules += [self.pipeline.vae, self.pipeline.text_encoder, self.pipeline.text_encoder_2]
         self.held = sum(t.nbytes for m in modules if m is not None for t in m.state_dict().values())
         self.method = METHODS[variant.method](unet, reference)
-        self.unet, self.optimizer, self.lr_scheduler, _ = script.prepare_training(unet, None, args, accelerator)
+        training = script.prepare_training(unet, None, args, accelerator)
+        self.unet, self.optimizer, self.lr_scheduler = training.unet, training.optimizer, training.lr_scheduler
         self.log, self.done = script.MetricsLog(0, None, args, accelerator), 0
         self.dataset = RandomPairs(variant, args, cache)
         self.feed(args.train_batch_size)
@@ -338,7 +339,10 @@ class Training:
             latents = script.encode_pixels(batch.pop("pixels").flatten(0, 1), self.pipeline.vae)
             batch["latents"] = latents.unflatten(0, (-1, 2))
         if self.variant.encode_captions:
-            batch |= script.embed_captions(captions, self.pipeline, self.device)
+            options = {"device": self.device, "do_classifier_free_guidance": False}
+            with torch.no_grad():
+                embeds, _, pooled, _ = self.pipeline.encode_prompt(captions, **options)
+            batch |= {"prompt_embeds": embeds.float(), "pooled_prompt_embeds": pooled.float()}
         return batch
 
     def step(self, mark=lambda phase: None) -> float | torch.Tensor:
@@ -358,7 +362,7 @@ class Training:
             self.accelerator.backward(loss)
             mark("backward")
             self.log.micro_steps.append(metrics)
-            grad_norm = script.clip_gradients(self.unet, self.args, self.accelerator)
+            grad_norm = self.accelerator.clip_grad_norm_(self.unet.parameters(), self.args.max_grad_norm)
             skip = self.variant.finite_check and not bool(grad_norm.isfinite())
             if not skip or self.accelerator.scaler is not None:
                 self.optimizer.step()

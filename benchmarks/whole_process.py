@@ -45,7 +45,7 @@ PHASES = {
     "backward": ["Accelerator.backward"],
     "optimizer": ["Accelerator.clip_grad_norm_", "AcceleratedOptimizer.step", "AcceleratedOptimizer.zero_grad"],
     "log": ["MetricsLog.end_step", "MetricsLog.write"],
-    "save": ["save_weights", "save_checkpoint", "save_results"],
+    "save": ["save_weights", "save_checkpoint", "plot_curves", "save_model_card"],
 }
 
 

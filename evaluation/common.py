@@ -298,7 +298,7 @@ def load_pairs(source: str, flag: str, split: str = "train"):
         pairs = training.PreferencePairs(training.load_dataset(settings, split)[0], settings)
     except SystemExit as stop:  # its line names a flag of the training script
         fail(stop.code.partition("error: ")[2].replace("--dataset_name", flag))
-    if len(pairs) == 0:
+    if not pairs.captions:
         fail(f"{flag} {source}: no row has a label that decides")
     check_captions(list(pairs.captions), f"{flag} {source}")
     return pairs

@@ -85,7 +85,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 def measure(name: str, source: str, args: argparse.Namespace) -> dict:
     """Similarity of a task's chosen images to the model's images of their captions."""
     pairs = load_pairs(source, "--tasks", args.split)
-    picked = np.sort(np.random.default_rng(args.seed).permutation(len(pairs))[: args.max_pairs]).tolist()
+    picked = np.sort(np.random.default_rng(args.seed).permutation(len(pairs.captions))[: args.max_pairs]).tolist()
     jobs = [
         {
             "row": i,

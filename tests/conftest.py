@@ -48,7 +48,6 @@ FAST = {
     "test_every_layout_gives_the_same_winners_and_losers",
     "test_every_form_of_input_gives_the_same_photos",
     "test_image_paths_stay_in_their_root",
-    "test_names_of_a_kohya_file",
     "test_report_by_hand",
     "test_context_of_an_answer",
     "test_rating_of_an_answer",

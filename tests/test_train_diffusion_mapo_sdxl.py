@@ -6,7 +6,6 @@ import itertools
 import json
 import os
 import re
-import sys
 import tarfile
 
 import numpy as np
@@ -100,7 +99,7 @@ def test_a_run_leaves_weights_card_pictures_curves_and_metrics(train, small_mode
         assert record["margin"] == pytest.approx(record["score_w"] - record["score_l"], abs=1e-6)
         assert 0 < record["score_w"] < 1 and 0 <= record["accuracy"] <= 1 and record["loss"] > record["mse_w"]
         assert record["grad_norm"] > 0 and record["learning_rate"] > 0 and record["pairs_per_second"] > 0
-        assert 0.1 < record["peak_memory_gb"] < 24 and record["margin_weight"] > 0
+        assert record["margin_weight"] > 0
     assert not list(out.glob("tmp-*"))
 
 
@@ -573,14 +572,12 @@ def test_image_paths_stay_in_their_root(tmp_path):
             script.read_file(path, str(tmp_path / "root"))
 
 
-def test_a_byte_order_mark_is_no_part_of_a_caption_or_prompt(hub_cache, tmp_path):
+def test_a_byte_order_mark_is_no_part_of_a_caption(hub_cache, tmp_path):
     import train_diffusion_mapo_sdxl as script
 
     write_folders(tmp_path)
     (tmp_path / "0.txt").write_text("a fox\n", encoding="utf-8-sig")
-    (tmp_path / "p.txt").write_text("rocket\n", encoding="utf-8-sig")
     assert load(script, tmp_path, hub_cache).captions[0] == "a fox"
-    assert script.parse_args([f"--validation_prompts={tmp_path / 'p.txt'}"]).validation_prompts == ["rocket"]
 
 
 def test_other_files_in_folders_of_images_are_passed_over(hub_cache, tmp_path):
@@ -598,7 +595,7 @@ def test_ties_are_decided_at_random_by_the_seed(hub_cache, tmp_path):
 
     path = write_pairs(tmp_path / "p.parquet", label_0=[0.5] * 8, label_1=[0.5] * 8)
     pairs = load(script, path, hub_cache, "--tie_policy=random")
-    assert len(pairs) == 8 and 0 < pairs.chosen_first.sum() < 8
+    assert len(pairs.captions) == 8 and 0 < pairs.chosen_first.sum() < 8
     assert np.array_equal(pairs.chosen_first, load(script, path, hub_cache, "--tie_policy=random").chosen_first)
     other = load(script, path, hub_cache, "--tie_policy=random", "--seed=1")
     assert not np.array_equal(pairs.chosen_first, other.chosen_first)
@@ -730,24 +727,6 @@ def test_a_loaded_lora_generates_the_runs_own_after(train, monkeypatch, capsys):
         assert np.abs(shown - after).mean() < 2  # embeddings are kept in fp16
 
 
-def test_names_of_a_kohya_file():
-    """As sd-scripts (networks/lora.py) and ComfyUI (comfy/lora.py) spell them."""
-    import train_diffusion_mapo_sdxl as script
-
-    peft = {
-        "unet.down_blocks.1.attentions.0.transformer_blocks.0.attn1.to_out.0": "lora_unet_down_blocks_1_attentions_0_"
-        "transformer_blocks_0_attn1_to_out_0",
-        "text_encoder.encoder.layers.3.self_attn.q_proj": "lora_te1_text_model_encoder_layers_3_self_attn_q_proj",
-        "text_encoder_2.text_model.encoder.layers.31.mlp.fc1": "lora_te2_text_model_encoder_layers_31_mlp_fc1",
-    }
-    layers = {f"{name}.lora_{side}.weight": torch.full((1, 1), ord(side)) for name in peft for side in "AB"}
-    converted = script.convert_to_kohya(layers, 16)
-    wanted = {f"{name}.{part}" for name in peft.values() for part in ("lora_down.weight", "lora_up.weight", "alpha")}
-    assert converted.keys() == wanted
-    assert all(value.item() == 16 for name, value in converted.items() if name.endswith("alpha"))
-    assert all(value == ord("A") for name, value in converted.items() if "lora_down" in name)
-
-
 def test_a_lora_is_resumed_where_it_was(train):
     flags = ["--use_lora", "--rank=4", "--learning_rate=1e-2", "--checkpointing_steps=2", "--skip_final_inference"]
     unbroken = train(*flags, output_dir="unbroken")
@@ -755,7 +734,7 @@ def test_a_lora_is_resumed_where_it_was(train):
     for path in [*out.glob("pytorch*"), *out.glob("checkpoint-4/**/*")]:
         if path.is_file():
             path.unlink()
-    assert (out / "checkpoint-2" / "lora.safetensors").stat().st_size < 1e6
+    assert sum(path.stat().st_size for path in (out / "checkpoint-2").iterdir()) < 3e6
     train(*flags, "--resume_from_checkpoint=latest", output_dir="broken")
 
     a, b = (load_file(path / "pytorch_lora_weights.safetensors") for path in (unbroken, out))
@@ -783,9 +762,8 @@ def test_every_optimizer_moves_the_weights(optimizer, train, small_model):
     assert weights["conv_in.weight"].dtype == dtype
 
 
-def test_validation_on_the_way_and_prompts_from_a_file(train, tmp_path):
-    (tmp_path / "prompts.txt").write_text("rocket\n\nfox face\n", encoding="utf-8")
-    out = train("--validation_steps=2", f"--validation_prompts={tmp_path / 'prompts.txt'}", "--report_to=tensorboard")
+def test_validation_on_the_way(train):
+    out = train("--validation_steps=2", "--validation_prompts", "rocket", "fox face", "--report_to=tensorboard")
     assert [path.name for path in (out / "validation").iterdir()] == ["2.png"]
     assert Image.open(out / "before_after.png").size == (560, 194) and Image.open(out / "validation/2.png")
     assert list((out / "logs").rglob("events.out*"))
@@ -805,7 +783,7 @@ def test_a_margin_that_has_no_say_gives_one_warning(train, caplog):
         flags = ["--max_train_steps=102", "--train_batch_size=1", "--learning_rate=1e-8", "--skip_final_inference"]
         train("--beta_mapo=1e9", *flags, "--num_validation_pairs=0")
     warnings = [record.message for record in caplog.records if "plain fine-tuning" in record.message]
-    assert len(warnings) == 1 and "--beta_mapo 1e+09" in warnings[0] and "--beta_mapo 1.25e+08" in warnings[0]
+    assert len(warnings) == 1 and "lower --beta_mapo" in warnings[0]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -921,7 +899,6 @@ BAD_FLAGS = [
     (["--max_nonfinite_steps=0"], "--max_nonfinite_steps: 0 is not in [1, inf)"),
     (["--tie_policy=keep"], "--tie_policy: invalid choice: 'keep'"),
     (["--optimizer=lion"], "--optimizer: invalid choice: 'lion'"),
-    (["--optimizer=prodigy", "--use_8bit_adam"], "--use_8bit_adam and --optimizer prodigy exclude each other"),
     (["--use_dora"], "--use_dora needs --use_lora too"),
     (["--output_kohya_format"], "--output_kohya_format needs --use_lora too"),
     (["--activation_memory_budget=0.5"], "--activation_memory_budget needs --compile too"),
@@ -933,10 +910,7 @@ BAD_FLAGS = [
         "--optimizer adamw_bf16 and another --mixed_precision exclude",
     ),
     (["--use_lora", "--use_dora", "--output_kohya_format"], "--use_dora and --output_kohya_format exclude each other"),
-    (["--image_root=/none"], "--image_root /none: no such folder"),
     (["--output_dir="], "--output_dir: is empty"),
-    (["--validation_prompts=none.txt"], "--validation_prompts none.txt: [Errno 2] No such file"),
-    (["--validation_prompts", "fox", " "], "--validation_prompts: a prompt is empty"),
     (["--report_to=wandb"], "--report_to wandb needs a package: pip install wandb"),
     (["--dataset_name=x"], "--dataset_name needs --pretrained_model_name_or_path too"),
     (["--pretrained_model_name_or_path=x"], "--pretrained_model_name_or_path needs --dataset_name too"),
@@ -958,8 +932,8 @@ def test_a_bad_flag_ends_in_one_line(flags, message, capsys):
 
 
 BAD_DATA = {
-    "no such data set": (lambda path: str(path / "none"), "none: no such file or folder"),
-    "a file's suffix": (lambda path: "pairs.jsonl", "pairs.jsonl: no such file or folder"),
+    "no such data set": (lambda path: str(path / "none"), "none, no file or folder here: "),
+    "a file's suffix": (lambda path: "pairs.jsonl", "pairs.jsonl, no file or folder here: "),
     "not a data file": (
         lambda path: str((path / "x.doc").write_text("a") and path / "x.doc"),
         "x.doc: not one of .par",
@@ -971,7 +945,7 @@ BAD_DATA = {
     "folder without a loser": (lambda path: write_folders(path, losers=False), "no image l/0 to go with the other"),
     "only ties": (
         lambda path: write_pairs(path / "p.parquet", label_0=[0.5] * 8),
-        "no row can be used (8 rows, 8 ties, 0 without a label)",
+        "no row has a label that decides ({'rows': 8, 'ties': 8, 'without a label': 0})",
     ),
 }
 
@@ -1011,10 +985,10 @@ def test_results_do_not_run_over_what_they_are_made_from(tmp_path, capsys):
     for flags, other in (
         (
             [f"--pretrained_model_name_or_path={model}", "--dataset_name=x", f"--output_dir={tmp_path}/./model"],
-            "--pretr",
+            "model: holds what the run reads",
         ),
-        (["--pretrained_model_name_or_path=x", f"--dataset_name={model}", f"--output_dir={model}"], "--dataset_name"),
-        ([f"--output_dir={REPO}"], "holds this script"),
+        (["--pretrained_model_name_or_path=x", f"--dataset_name={model}", f"--output_dir={model}"], "the run reads"),
+        ([f"--output_dir={REPO}"], "holds what the run reads"),
     ):
         with pytest.raises(SystemExit) as stop:
             script.parse_args(flags)
@@ -1098,16 +1072,15 @@ def test_held_out_pairs_of_the_training_set_are_not_trained_on(hub_cache):
         encode(script, PAIRS, hub_cache, "--num_validation_pairs=20", "--max_train_samples=20")
 
 
-@pytest.mark.parametrize("safeguard, advice", [("off", "Try --safeguard 0.8,"), ("0.8", "Try a larger --safeguard,")])
-def test_a_winner_whose_error_rises_gives_one_warning_with_the_checkpoint_before(train, caplog, safeguard, advice):
+def test_a_winner_whose_error_rises_gives_one_warning_with_the_checkpoint_before(train, caplog):
     flags = ["--max_train_steps=6", "--validation_steps=2", "--checkpointing_steps=2", "--checkpoints_total_limit=9"]
     with caplog.at_level("INFO", logger="train_diffusion_mapo_sdxl"):
         flags += ["--learning_rate=3e-3", "--lr_scheduler=constant", "--skip_final_inference"]
-        out = train(*flags, f"--safeguard={safeguard}", demo=True)
+        out = train(*flags, "--safeguard=off", demo=True)
     errors = [record["val_mse_w"] for record in held_out(out)]
     (first,) = [i for i, error in enumerate(errors) if error > 1.05 * errors[0]][:1]
     said = [record.getMessage() for record in caplog.records if "winner's likelihood falls" in record.getMessage()]
-    assert len(said) == 1 and f"Step {2 * first}:" in said[0] and advice in said[0]
+    assert len(said) == 1 and f"Step {2 * first}:" in said[0] and "--safeguard (0.8 or more)" in said[0]
     assert (f"checkpoint-{2 * first - 2} is from before" if first > 1 else "No checkpoint is from before") in said[0]
 
 
@@ -1192,16 +1165,12 @@ def test_downloads_show_their_bars():
     assert not huggingface_hub.utils.are_progress_bars_disabled()
 
 
-def test_names_that_need_another_font_are_drawn_in_one_that_has_them(caplog):
+def test_accents_are_no_boxes_under_the_images():
     import train_diffusion_mapo_sdxl as script
-    from matplotlib import ft2font
 
-    single_process()
-    font = ft2font.FT2Font(script.find_font("d\u00e9j\u00e0 \u017eluť"))
-    assert all(font.get_char_index(ord(character)) for character in "\u00e9\u00e0\u017e")
-    with caplog.at_level("INFO", logger="train_diffusion_mapo_sdxl"):
-        script.find_font("\U0010fffd")  # no font has it
-    assert "fonts-noto-cjk" in caplog.text
+    image, captions = [Image.new("RGB", (64, 64))], ("\u00e9", "\u017e", "\U0010fffe")  # no font has the last one
+    grids = [script.make_grid([caption], image, image) for caption in captions]
+    assert grids[0] != grids[1] != grids[2] != grids[0]
 
 
 def test_curves_of_a_short_run_have_whole_steps(tmp_path):
@@ -1220,9 +1189,8 @@ def test_curves_of_a_short_run_have_whole_steps(tmp_path):
 
 def test_the_scripts_start_where_linux_has_more_than_others(train, monkeypatch):
     monkeypatch.delattr(os, "sched_getaffinity", raising=False)
-    monkeypatch.setitem(sys.modules, "resource", None)
     out = train("--max_train_steps=1", "--skip_final_inference", "--num_validation_pairs=0")
-    assert read_metrics(out)[0]["peak_memory_gb"] is None
+    assert read_metrics(out)[0]["step"] == 1
 
 
 def test_a_billion_steps_start_at_once():
@@ -1276,8 +1244,8 @@ def test_a_slice_of_a_single_file(hub_cache, tmp_path):
     import train_diffusion_mapo_sdxl as script
 
     path = write_pairs(tmp_path / "p.parquet")
-    assert len(load(script, path, hub_cache, "--dataset_split_name=train[:5]")) == 5
-    assert len(load(script, path, hub_cache, "--dataset_split_name=other")) == 8
+    assert len(load(script, path, hub_cache, "--dataset_split_name=train[:5]").captions) == 5
+    assert len(load(script, path, hub_cache, "--dataset_split_name=other").captions) == 8
     with pytest.raises(SystemExit, match='Unknown split "a"'):
         load(script, path, hub_cache, "--dataset_split_name=a+b")
 

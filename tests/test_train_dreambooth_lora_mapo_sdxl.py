@@ -291,7 +291,8 @@ def test_the_curves_of_a_short_run_have_whole_steps_and_no_mean_of_one(script, t
     assert all(tick == int(tick) for tick in axis.get_xticks())
     long = [{"step": i, "loss": 1 / i} for i in range(1, 101)]
     script.plot_curves(long, tmp_path / "curves.png")
-    assert kept[1].axes[0].get_legend().get_texts()[0].get_text() == "mean of 5 steps"
+    each, mean = (line.get_xydata() for line in kept[1].axes[0].get_lines())
+    assert len(each) == 100 and mean[0].tolist() == [5, np.mean([1 / i for i in range(1, 6)])]
 
 
 def test_final_images_can_be_skipped_and_those_before_training_come_when_first_shown(train, script, monkeypatch):
@@ -437,10 +438,7 @@ def test_a_byte_order_mark_is_not_part_of_a_caption(captions, script, tmp_path):
     flags = copy_subject(tmp_path, captions)
     for file in [*tmp_path.glob("*.txt"), *tmp_path.glob("*.json*")]:
         file.write_bytes(b"\xef\xbb\xbf" + file.read_bytes())
-    (tmp_path / "prompts.txt").write_bytes(b"\xef\xbb\xbfa <cat>\nweary <cat> face\n")
-    args = script.parse_args([*flags, "--validation_prompts", str(tmp_path / "prompts.txt")])
-    assert args.validation_prompts == ["a <cat>", "weary <cat> face"]
-    assert {p.caption for p in script.load_photos(args)} == {
+    assert {p.caption for p in script.load_photos(script.parse_args(flags))} == {
         json.loads(r)["text"] for r in (SUBJECT / "metadata.jsonl").open()
     }
 
@@ -811,7 +809,7 @@ def test_other_settings_are_not_resumed(train):
     ):
         with pytest.raises(SystemExit) as stop:
             train("--resume_from_checkpoint=latest", flag)
-        assert message in stop.value.code and "go on as before, or start anew" in stop.value.code
+        assert message in stop.value.code and "keep it or change --output_dir" in stop.value.code
 
 
 def test_sigterm_leaves_a_checkpoint_and_says_how_to_go_on(hub_cache, tmp_path):
@@ -828,8 +826,8 @@ def test_sigterm_leaves_a_checkpoint_and_says_how_to_go_on(hub_cache, tmp_path):
     assert process.returncode == 0
     assert f"SIGTERM: {checkpoint} is written; go on with --resume_from_checkpoint latest" in said
     assert checkpoint.name == f"checkpoint-{read_metrics(out)[-1]['step']}"
-    held = load_file(checkpoint / "trained.safetensors")
-    assert {name for name in held if name.endswith(".rows")} and sum(t.numel() for t in held.values()) < 1e6
+    held = torch.load(checkpoint / "custom_checkpoint_0.pkl")
+    assert len(held) > 2 and sum(t.numel() for t in held.values()) < 1e6 and not list(checkpoint.glob("model*"))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -894,7 +892,6 @@ BAD_FLAGS = [
     (["--guidance_scale=-1"], "argument --guidance_scale: "),
     (["--lora_dropout=1"], "argument --lora_dropout: "),
     ([*NAMED, "--lr_warmup_steps=6", "--max_train_steps=5"], "--lr_warmup_steps 6: more than --max_train_steps"),
-    (["--optimizer=prodigy", "--use_8bit_adam"], "--use_8bit_adam and --optimizer prodigy exclude each other"),
     (["--resolution=63"], "--resolution 63: must be a multiple of 8; try 64"),
     (["--loss_type=dpo"], "--loss_type: invalid choice: 'dpo'"),
     (["--optimizer=lion"], "--optimizer: invalid choice: 'lion'"),
@@ -917,8 +914,6 @@ BAD_FLAGS = [
     (["--report_to=wandb"], "--report_to wandb needs a package: pip install wandb"),
     (["--beta_dco=5"], "--beta_dco needs --loss_type dco too"),
     (["--lr_power=2"], "--lr_power needs --lr_scheduler polynomial too"),
-    (["--validation_prompts=none.txt"], "--validation_prompts none.txt: [Errno 2] No such file or directory"),
-    (["--validation_prompts", "fox", " "], "--validation_prompts: a prompt is empty"),
 ]
 
 
