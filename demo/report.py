@@ -41,9 +41,9 @@ ROWS = (  # figures of `measure` that a texture can't raise
     ("white_border", "{:.1%}", "of the border is white: less would mean stains"),
 )
 ERRORS = (  # of a run's metrics.jsonl
-    ("val_accuracy", "{:.0%}", "implicit accuracy: pairs whose chosen image has the smaller error"),
-    ("val_mse_w", "{:.3f}", "the chosen images' error: larger would mean that they got less likely"),
-    ("val_mse_l", "{:.3f}", "the rejected images' error"),
+    ("val_accuracy", "{:.0%}", "implicit accuracy: pairs whose chosen drawing has the smaller error"),
+    ("val_mse_w", "{:.3f}", "error of the chosen drawings: larger would mean that they got less likely"),
+    ("val_mse_l", "{:.3f}", "error of the rejected drawings"),
 )
 
 
@@ -127,10 +127,9 @@ def measure_unseen_drawings() -> dict[str, float]:
     return measure([sheets[PREFERRED][i] for i in chosen], held_out, [first + i for i in chosen])
 
 
-def change(row: tuple[str, str, str], before: dict, after: dict, ideal: dict | None = None) -> str:
-    name, form, text = row
-    aim = "" if ideal is None else f" {'(' + form.format(ideal[name]) + ')':>8}"
-    return f"  {form.format(before[name]):>6} -> {form.format(after[name]):>6}{aim}  {text}"
+def change(row: tuple[str, str, str], before: dict, after: dict) -> str:
+    name, form, _ = row
+    return f"{form.format(before[name]):>6} -> {form.format(after[name]):>6}"
 
 
 def preference_report(output_dir: str, base: str | None = None) -> str:
@@ -148,20 +147,20 @@ def preference_report(output_dir: str, base: str | None = None) -> str:
     figures = json.loads((DEMO / "figures.json").read_text())
     accuracy = figures["judge_accuracy_on_held_out_reconstructions"]
     style = (PREFERRED, "{:.0%}", f"in OpenMoji's style, says a judge that names {accuracy:.0%} of drawings right")
-    unseen = "captions of which the base hasn't even seen OpenMoji's drawing (aim: the real ones, as if unknown)"
-    groups = (
-        (validation_captions(), "base_on_validation_captions", None, "captions that no pair of the training has"),
-        (held_out_captions(), "base_on_held_out_captions", figures["unseen_openmoji_drawings"], unseen),
-    )
-    lines = []
-    for captions, name, ideal, text in groups:
-        after = measure(generate(pipeline, captions), captions)
-        lines.append(f"Images of {len(captions)} {text}, before -> after:")
-        lines += [change(row, figures[name], after, ideal) for row in (style, *ROWS)]
+    known, new = validation_captions(), held_out_captions()
+    known_figures, new_figures = (measure(generate(pipeline, captions), captions) for captions in (known, new))
+    ideal = figures["unseen_openmoji_drawings"]
+    lines = [
+        f"Images before -> after, of {len(known)} captions that no pair of the training has, and of {len(new)} of "
+        "which the base has never seen OpenMoji's drawing (in brackets: the real ones, as if unknown):"
+    ]
+    for row in (style, *ROWS):
+        changes = change(row, figures["base_on_validation_captions"], known_figures)
+        changes += "   " + change(row, figures["base_on_held_out_captions"], new_figures)
+        lines.append(f"{changes} {'(' + row[1].format(ideal[row[0]]) + ')':>8}  {row[2]}")
     records = map(json.loads, (Path(output_dir) / "metrics.jsonl").read_text().splitlines())
     held_out = [record for record in records if record.get("val_accuracy") is not None]
-    lines.append("Pairs of the first captions, before -> after:")
-    lines += [change(row, held_out[0], held_out[-1]) for row in ERRORS]
+    lines += [f"{change(row, held_out[0], held_out[-1])}{' ' * 30}{row[2]}" for row in ERRORS]
     return "\n".join(lines)
 
 
@@ -196,4 +195,4 @@ def subject_report(pipeline, placeholder_token: str) -> str:
         f"both without the token: {compare(before, generate(pipeline, plain))}",
         f"{len(others)} other captions, before -> after:",
     ]
-    return "\n".join(lines + [change(row, others_before, others_after) for row in ROWS])
+    return "\n".join(lines + [f"{change(row, others_before, others_after)}  {row[2]}" for row in ROWS])
