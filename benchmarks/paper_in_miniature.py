@@ -24,15 +24,16 @@ Tasks, in the order in which the winners move away from what the base generates:
     preference     two random foundries' drawings of a caption; which is chosen is random too, by Bradley-Terry on a
                    utility per foundry, so labels contradict each other as people's do
     known_style    OpenMoji's drawing over another foundry's; the base knows the style, but hardly draws it unasked
-    other_style    the same for Noto's, which the base draws often: the safeguard's second foundry
+    other_style    the same for Noto's, at the settings found for known_style: the safeguard's second foundry
     unknown_style  Fluent's 3D drawing over another foundry's; the base has never seen one
 
-Captions are split into 198 to train on, 49 to choose settings by, and the demo's 50 to report on, of which the base
+Captions are split into 196 to train on, 49 to choose settings by, and the demo's 50 to report on, of which the base
 hasn't seen OpenMoji's drawing. All methods take the same steps of the same pairs, noise and timesteps.
 
 Stages: `search` tries every method's rates and betas (GRID) with one seed; `final` runs the best of each with three;
-`safeguard`, `betas`, `pairs` and `noise` vary one thing at a time around MaPO's best; `report` writes tables, plots
-and strips of images to `benchmarks/miniature/`. Every run is a line of `benchmarks/results/miniature.jsonl`.
+`forms` does both for SimPO's and ORPO's form of the loss; `safeguard`, `betas`, `pairs` and `noise` vary one thing at
+a time around the best; `report` writes tables, plots and strips of images to `benchmarks/miniature/`. Every run is a
+line of `benchmarks/results/miniature.jsonl`.
 """
 
 import argparse
@@ -73,8 +74,7 @@ GRID = {  # a method's betas and rates; both are tried with each other
     "MaPO": ((8, 64), RATES),
     "MaPO, safeguard": ((8, 64), RATES),
 }
-FORMS = {"SimPO's form": ((100, 1000), RATES), "ORPO's form": ((1, 10), RATES)}  # tried on FORMS_TASK only
-FORMS_TASK = "known_style"
+FORMS = {"SimPO's form": ((100, 1000), RATES), "ORPO's form": ((1, 10), RATES)}  # tried on known_style only
 SEEDS = (0, 1, 2)
 JUDGE_STEPS = 600
 MAX_CAPTIONS = None  # of validation and test
@@ -413,31 +413,33 @@ class Runs:
 
     def best(self, task: str, method: str) -> dict[str, float]:
         """The method's beta and rate with the highest score on the validation captions, among those tried."""
+        task = "known_style" if task == "other_style" else task
         betas, rates = (GRID | FORMS)[method]
         tried = [self.get(task, method, beta=beta, rate=rate, split="validation") for beta in betas for rate in rates]
         found = max(tried, key=lambda row: row["score"])
         return {"beta": found["beta"], "rate": found["rate"]}
 
 
-def methods_of(task: str) -> list[str]:
-    if task == "other_style":
-        return [method for method in GRID if method.startswith("MaPO")]
-    return [*GRID, *(FORMS if task == FORMS_TASK else ())]
-
-
 def stage_search(runs: Runs, tasks: list[str]) -> None:
     for task in tasks:
         runs.get(task, "base", split="validation")
-        for method in methods_of(task):
-            runs.best(task, method)
+        for method in GRID:
+            runs.best(task, method)  # runs what it needs
 
 
 def stage_final(runs: Runs, tasks: list[str]) -> None:
     for task in tasks:
         runs.get(task, "base")
         for seed in SEEDS:
-            for method in methods_of(task):
+            for method in GRID:
                 runs.get(task, method, **runs.best(task, method), seed=seed)
+
+
+def stage_forms(runs: Runs, tasks: list[str]) -> None:
+    """SimPO's and ORPO's form on the same two errors, tuned and run like the others."""
+    for method in FORMS:
+        for seed in SEEDS:
+            runs.get("known_style", method, **runs.best("known_style", method), seed=seed)
 
 
 def stage_safeguard(runs: Runs, tasks: list[str]) -> None:
@@ -470,6 +472,7 @@ def stage_noise(runs: Runs, tasks: list[str]) -> None:
 STAGES = {
     "search": stage_search,
     "final": stage_final,
+    "forms": stage_forms,
     "safeguard": stage_safeguard,
     "betas": stage_betas,
     "pairs": stage_pairs,
@@ -512,12 +515,13 @@ def final_rows(runs: Runs, task: str, method: str) -> list[dict]:
     """The runs of the method's best setting, one a seed; empty before the stage `final`."""
     if method == "base":
         return select(runs, task=task, method=method, split="test")
-    tried = select(runs, task=task, method=method, split="validation")
+    searched = "known_style" if task == "other_style" else task
+    tried = select(runs, task=searched, method=method, split="validation")
     if not tried:
         return []
     best = max(tried, key=lambda row: row["score"])
-    keys = ("task", "method", "beta", "rate", "safeguard")
-    return select(runs, **{key: best[key] for key in keys}, pairs=0, noise=0.0, split="test")
+    setting = {key: best[key] for key in ("method", "beta", "rate", "safeguard")}
+    return select(runs, task=task, **setting, pairs=0, noise=0.0, split="test")
 
 
 def write_report(runs: Runs, folder: Path) -> None:
@@ -603,7 +607,7 @@ def plot_curves(runs: Runs, path: Path) -> None:
     axes[1].set(xlabel="beta of MaPO", ylabel="score")
     axes[2].set(xlabel="beta of MaPO", ylabel="weight of the margin's gradient (SFT term: 1)")
     for method in GRID:
-        rows = final_rows(runs, FORMS_TASK, method)
+        rows = final_rows(runs, "known_style", method)
         if rows:
             keys = ("task", "method", "beta", "rate", "safeguard", "split", "seed")
             same = select(runs, **{key: rows[0][key] for key in keys})
@@ -612,8 +616,8 @@ def plot_curves(runs: Runs, path: Path) -> None:
             noise = sorted((row["noise"], row["score"]) for row in same if not row["pairs"])
             axes[3].plot(*zip(*pairs), marker="o", label=method)
             axes[4].plot(*zip(*noise), marker="o", label=method)
-    axes[3].set(xlabel=f"pairs ({FORMS_TASK})", ylabel="score")
-    axes[4].set(xlabel=f"fraction of swapped labels ({FORMS_TASK})", ylabel="score")
+    axes[3].set(xlabel="pairs (known_style)", ylabel="score")
+    axes[4].set(xlabel="fraction of swapped labels (known_style)", ylabel="score")
     for method in ("base", *GRID, *FORMS):
         rows = [row for task in TASKS for row in final_rows(runs, task, method)]
         axes[5].scatter([row["mse_w"] for row in rows], [row["score"] for row in rows], label=method)

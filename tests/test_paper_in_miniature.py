@@ -76,10 +76,10 @@ def test_pairs_follow_the_tasks():
 
 @pytest.fixture
 def small(monkeypatch, tmp_path):
-    """Two steps, a judge of three, the demo's own drawings with their negatives for the style that npm would bring."""
+    """40 captions, two steps, a judge of three; negatives in the place of the style that npm would bring."""
     captions, sheets = miniature.load_sheets()
-    arrays = {style: np.stack([np.asarray(image) for image in images]) for style, images in sheets.items()}
-    arrays |= {"fluent_3d": 255 - arrays["noto"], "captions": np.array(captions)}
+    arrays = {style: np.stack([np.asarray(image) for image in images[:40]]) for style, images in sheets.items()}
+    arrays |= {"fluent_3d": 255 - arrays["noto"], "captions": np.array(captions[:40])}
     monkeypatch.setattr(miniature, "render_styles", lambda work_dir: arrays)
     monkeypatch.setattr(miniature, "STEPS", 2)
     monkeypatch.setattr(miniature, "JUDGE_STEPS", 3)
@@ -87,7 +87,7 @@ def small(monkeypatch, tmp_path):
     monkeypatch.setattr(miniature, "GRID", grid)
     monkeypatch.setattr(miniature, "FORMS", {})
     monkeypatch.setattr(miniature, "SEEDS", (0,))
-    monkeypatch.setattr(miniature, "MAX_CAPTIONS", 4)
+    monkeypatch.setattr(miniature, "MAX_CAPTIONS", 3)
     return tmp_path
 
 

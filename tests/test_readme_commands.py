@@ -129,6 +129,7 @@ HOW = {
             "tests/test_step_cost.py::test_the_profile_names_every_phase"
         ),
         "python benchmarks/": PARSE,
+        "pip install resvg-py && python benchmarks/paper_in_miniature.py": PARSE,
         "step_cost.py --budget_s": PARSE,
         "accelerate launch train_diffusion_mapo_sdxl.py --beta_mapo 8": (
             "tests/test_train_diffusion_mapo_sdxl.py::test_the_readmes_command_shifts_the_style"
@@ -144,7 +145,6 @@ HOW = {
         "accelerate launch train_diffusion_mapo_sdxl.py --beta_mapo 8": (
             "tests/test_train_diffusion_mapo_sdxl.py::test_the_readmes_command_shifts_the_style"
         ),
-        "python benchmarks/miniature.py": PARSE,
     },
 }
 
