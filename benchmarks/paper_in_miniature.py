@@ -24,7 +24,7 @@ Tasks, in the order in which the winners move away from what the base generates:
     preference     two random foundries' drawings of a caption; which is chosen is random too, by Bradley-Terry on a
                    utility per foundry, so labels contradict each other as people's do
     known_style    OpenMoji's drawing over another foundry's; the base knows the style, but hardly draws it unasked
-    other_style    the same for Noto's, at the settings found for known_style: the safeguard's second foundry
+    other_style    the same for Noto's, which the base draws often
     unknown_style  Fluent's 3D drawing over another foundry's; the base has never seen one
 
 Captions are split into 196 to train on, 49 to choose settings by, and the demo's 50 to report on, of which the base
@@ -72,7 +72,7 @@ GRID = {  # a method's betas and rates; both are tried with each other
     "SFT": ((0,), (*RATES, 3e-4)),
     "Diffusion-DPO": ((100, 1000), RATES),
     "MaPO": ((8, 64), RATES),
-    "MaPO, safeguard": ((8, 64), RATES),
+    "MaPO, safeguard": ((8,), RATES),
 }
 FORMS = {"SimPO's form": ((100, 1000), RATES), "ORPO's form": ((1, 10), RATES)}  # tried on known_style only
 SEEDS = (0, 1, 2)
@@ -387,8 +387,8 @@ def file_name(setting: dict) -> str:
 class Runs:
     """Lines of a file, each a setting with its figures; `get` runs what isn't there."""
 
-    def __init__(self, path: Path, world: World, images_dir: Path) -> None:
-        self.path, self.world, self.images_dir = path, world, images_dir
+    def __init__(self, path: Path, world: World, images_dir: Path, settings_of: str | None) -> None:
+        self.path, self.world, self.images_dir, self.settings_of = path, world, images_dir, settings_of
         lines = path.read_text().splitlines() if path.exists() else []
         self.rows = [row for row in map(json.loads, lines) if row["base"] == world.base]
 
@@ -413,7 +413,7 @@ class Runs:
 
     def best(self, task: str, method: str) -> dict[str, float]:
         """The method's beta and rate with the highest score on the validation captions, among those tried."""
-        task = "known_style" if task == "other_style" else task
+        task = self.settings_of or task
         betas, rates = (GRID | FORMS)[method]
         tried = [self.get(task, method, beta=beta, rate=rate, split="validation") for beta in betas for rate in rates]
         found = max(tried, key=lambda row: row["score"])
@@ -515,8 +515,7 @@ def final_rows(runs: Runs, task: str, method: str) -> list[dict]:
     """The runs of the method's best setting, one a seed; empty before the stage `final`."""
     if method == "base":
         return select(runs, task=task, method=method, split="test")
-    searched = "known_style" if task == "other_style" else task
-    tried = select(runs, task=searched, method=method, split="validation")
+    tried = select(runs, task=runs.settings_of or task, method=method, split="validation")
     if not tried:
         return []
     best = max(tried, key=lambda row: row["score"])
@@ -632,6 +631,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", nargs="+", choices=[*STAGES, "report"], default=[*STAGES, "report"])
     parser.add_argument("--tasks", nargs="+", choices=TASKS, default=list(TASKS))
+    parser.add_argument("--settings_of", choices=TASKS, help="Take the best settings of this task for all of them.")
     parser.add_argument("--results", type=Path, default=REPO / "benchmarks" / "results" / "miniature.jsonl")
     parser.add_argument("--work_dir", type=Path, default=DEMO / "build" / "miniature", help="Drawings, judge, images.")
     parser.add_argument("--report_dir", type=Path, default=REPO / "benchmarks" / "miniature")
@@ -639,7 +639,7 @@ def main() -> None:
     world = make_world(args.work_dir)
     counts = ", ".join(f"{len(indices)} {split}" for split, indices in world.splits.items())
     print(f"captions: {counts}; the judge names {world.judge_accuracy:.1%} of unseen drawings right after the VAE")
-    runs = Runs(args.results, world, args.work_dir / "images")
+    runs = Runs(args.results, world, args.work_dir / "images", args.settings_of)
     for name in args.only:
         if name in STAGES:
             STAGES[name](runs, args.tasks)
