@@ -105,8 +105,6 @@ from safetensors.torch import load_file, save_file
 from tqdm.auto import tqdm
 
 import diffusers
-from diffusers.training_utils import _collate_lora_metadata, cast_training_params
-from diffusers.utils import convert_state_dict_to_kohya
 
 
 logger = get_logger(__name__)
@@ -383,7 +381,7 @@ def load_unet(args: argparse.Namespace, accelerator: Accelerator) -> tuple:
             alpha = args.lora_alpha or args.rank
             unet.requires_grad_(False)
             unet.add_adapter(LoraConfig(r=args.rank, target_modules=layers, lora_alpha=alpha, **options))
-        cast_training_params(unet, dtype=torch.float32)
+        diffusers.training_utils.cast_training_params(unet, dtype=torch.float32)
     if args.gradient_checkpointing:
         unet.enable_gradient_checkpointing()
     if args.enable_xformers_memory_efficient_attention:
@@ -1304,14 +1302,16 @@ def save_weights(training: Training, args: argparse.Namespace, accelerator: Acce
         return
     if args.use_lora:
         layers = get_peft_model_state_dict(model, state)
-        metadata = _collate_lora_metadata({"unet": model})
+        metadata = diffusers.training_utils._collate_lora_metadata({"unet": model})
         write = diffusers.StableDiffusionXLPipeline.save_lora_weights
         save_aside(
             output_dir / "pytorch_lora_weights.safetensors",
             lambda path: write(path.parent, layers, weight_name=path.name, **metadata),
         )
         if args.output_kohya_format:
-            kohya = convert_state_dict_to_kohya({f"unet.{name}": layer for name, layer in layers.items()})
+            kohya = diffusers.utils.convert_state_dict_to_kohya(
+                {f"unet.{name}": layer for name, layer in layers.items()}
+            )
             alpha = float(args.lora_alpha or args.rank)  # diffusers writes the rank
             kohya = {name: torch.tensor(alpha) if name.endswith(".alpha") else t for name, t in kohya.items()}
             save_aside(output_dir / "pytorch_lora_weights_kohya.safetensors", lambda path: save_file(kohya, path))
