@@ -712,8 +712,9 @@ def encode_pairs(source: Source, count: int, vae, folder: Path, args, accelerato
 
     candidates, pool = enumerate(itertools.islice(source.pairs, count)), ThreadPoolExecutor()
     mine = itertools.islice(candidates, accelerator.process_index, None, accelerator.num_processes)
-    found, bar = [], tqdm(desc="Images", total=-(-count // accelerator.num_processes), disable=not main)
-    while chunk := list(itertools.islice(mine, 32)):
+    found, total = [], -(-count // accelerator.num_processes)
+    for _ in tqdm(range(0, total, 32), desc="Images", unit="x 32", disable=not main):
+        chunk = list(itertools.islice(mine, 32))
         futures = [pool.submit(table.images, i, prepare) for _, (table, i) in chunk]  # threads work ahead
         for (place, (table, i)), future in zip(chunk, futures):
             try:
@@ -728,8 +729,6 @@ def encode_pairs(source: Source, count: int, vae, folder: Path, args, accelerato
                     time_ids = torch.tensor([ids for _, ids in views], dtype=torch.float32)
                     save_entry(folder, key, {"latents": latents.half(), "time_ids": time_ids})
             found.append((place, [*(key for key, _ in images), table.captions[i]]))
-            bar.update()
-    bar.close()
     found = [pair for _, pair in sorted(gather_object(found))]
     pairs = [Pair(*pair) for pair in found if len(pair) == 3]  # else unreadable
     source.counts["unreadable"] = len(found) - len(pairs)
