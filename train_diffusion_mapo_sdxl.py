@@ -105,8 +105,6 @@ from safetensors.torch import load_file, save_file
 from tqdm.auto import tqdm
 
 import diffusers
-from diffusers.training_utils import _collate_lora_metadata, cast_training_params
-from diffusers.utils import convert_state_dict_to_kohya
 
 
 logger = get_logger(__name__)
@@ -383,7 +381,7 @@ def load_unet(args: argparse.Namespace, accelerator: Accelerator) -> tuple:
             alpha = args.lora_alpha or args.rank
             unet.requires_grad_(False)
             unet.add_adapter(LoraConfig(r=args.rank, target_modules=layers, lora_alpha=alpha, **options))
-        cast_training_params(unet, dtype=torch.float32)
+        diffusers.training_utils.cast_training_params(unet, dtype=torch.float32)
     if args.gradient_checkpointing:
         unet.enable_gradient_checkpointing()
     if args.enable_xformers_memory_efficient_attention:
@@ -714,8 +712,9 @@ def encode_pairs(source: Source, count: int, vae, folder: Path, args, accelerato
 
     candidates, pool = enumerate(itertools.islice(source.pairs, count)), ThreadPoolExecutor()
     mine = itertools.islice(candidates, accelerator.process_index, None, accelerator.num_processes)
-    found, bar = [], tqdm(desc="Images", total=-(-count // accelerator.num_processes), disable=not main)
-    while chunk := list(itertools.islice(mine, 32)):
+    found, total = [], -(-count // accelerator.num_processes)
+    for _ in tqdm(range(0, total, 32), desc="Images", unit="x 32", disable=not main):
+        chunk = list(itertools.islice(mine, 32))
         futures = [pool.submit(table.images, i, prepare) for _, (table, i) in chunk]  # threads work ahead
         for (place, (table, i)), future in zip(chunk, futures):
             try:
@@ -730,8 +729,6 @@ def encode_pairs(source: Source, count: int, vae, folder: Path, args, accelerato
                     time_ids = torch.tensor([ids for _, ids in views], dtype=torch.float32)
                     save_entry(folder, key, {"latents": latents.half(), "time_ids": time_ids})
             found.append((place, [*(key for key, _ in images), table.captions[i]]))
-            bar.update()
-    bar.close()
     found = [pair for _, pair in sorted(gather_object(found))]
     pairs = [Pair(*pair) for pair in found if len(pair) == 3]  # else unreadable
     source.counts["unreadable"] = len(found) - len(pairs)
@@ -1304,14 +1301,16 @@ def save_weights(training: Training, args: argparse.Namespace, accelerator: Acce
         return
     if args.use_lora:
         layers = get_peft_model_state_dict(model, state)
-        metadata = _collate_lora_metadata({"unet": model})
+        metadata = diffusers.training_utils._collate_lora_metadata({"unet": model})
         write = diffusers.StableDiffusionXLPipeline.save_lora_weights
         save_aside(
             output_dir / "pytorch_lora_weights.safetensors",
             lambda path: write(path.parent, layers, weight_name=path.name, **metadata),
         )
         if args.output_kohya_format:
-            kohya = convert_state_dict_to_kohya({f"unet.{name}": layer for name, layer in layers.items()})
+            kohya = diffusers.utils.convert_state_dict_to_kohya(
+                {f"unet.{name}": layer for name, layer in layers.items()}
+            )
             alpha = float(args.lora_alpha or args.rank)  # diffusers writes the rank
             kohya = {name: torch.tensor(alpha) if name.endswith(".alpha") else t for name, t in kohya.items()}
             save_aside(output_dir / "pytorch_lora_weights_kohya.safetensors", lambda path: save_file(kohya, path))

@@ -103,8 +103,6 @@ from safetensors.torch import save_file
 from tqdm.auto import tqdm
 
 import diffusers
-from diffusers.training_utils import _collate_lora_metadata, cast_training_params
-from diffusers.utils import convert_state_dict_to_kohya
 
 
 logger = get_logger(__name__)
@@ -470,7 +468,7 @@ def add_lora(module, args: argparse.Namespace, target_modules: list[str], **opti
             **options,
         )
         module.add_adapter(config)
-    cast_training_params(module, dtype=torch.float32)
+    diffusers.training_utils.cast_training_params(module, dtype=torch.float32)
 
 
 class TokenEmbedding(torch.nn.Module):
@@ -1105,15 +1103,17 @@ def save_weights(model, args: argparse.Namespace) -> None:
         prefix = "text_model." if part == "text_encoder" and not hasattr(module, "text_model") else ""
         layers[part] = {f"{prefix}{name}": layer for name, layer in get_peft_model_state_dict(module).items()}
     # PEFT's names: diffusers' older ones do not exist for all layers, and its loader drops one kind of a mixed file.
-    options = {f"{part}_lora_layers": named for part, named in layers.items()} | _collate_lora_metadata(model.adapted)
-    write = diffusers.StableDiffusionXLPipeline.save_lora_weights
-    save_aside(
+    options = {f"{part}_lora_layers": named for part, named in layers.items()}
+    options |= diffusers.training_utils._collate_lora_metadata(model.adapted)
+    write, file = (
+        diffusers.StableDiffusionXLPipeline.save_lora_weights,
         output_dir / "pytorch_lora_weights.safetensors",
-        lambda path: write(path.parent, weight_name=path.name, **options),
     )
+    save_aside(file, lambda path: write(path.parent, weight_name=path.name, **options))
     if args.output_kohya_format:
         named = {f"{part}.{name}": layer for part, found in layers.items() for name, layer in found.items()}
-        alpha, kohya = float(args.lora_alpha or args.rank), convert_state_dict_to_kohya(named)  # which writes the rank
+        kohya = diffusers.utils.convert_state_dict_to_kohya(named)
+        alpha = float(args.lora_alpha or args.rank)  # diffusers writes the rank
         kohya = {name: torch.tensor(alpha) if name.endswith(".alpha") else t for name, t in kohya.items()}
         save_aside(output_dir / "pytorch_lora_weights_kohya.safetensors", lambda path: save_file(kohya, path))
     if model.tokens:
