@@ -195,7 +195,7 @@ def test_a_taste_is_voted_for_by_keys_and_written(server, browser, tmp_path):
     message = browser.text("message")
     assert "ann chose alike in 3 of 3 pairs that came twice." in message and "1,250, 2,500 or 5,000" in message
     pairs = load_pairs(str(tmp_path / "taste"), "--pairs")  # as the training scripts read it
-    assert len(pairs) == 15
+    assert len(pairs.captions) == 15
     for i in range(15):
         chosen, rejected = pairs.images(i)
         assert chosen.getpixel((0, 0)) > rejected.getpixel((0, 0))
