@@ -70,7 +70,7 @@ BATCH, STEPS, WARMUP = 8, 100, 10
 RATES = (1e-5, 3e-5, 1e-4)
 GRID = {  # a method's betas and rates; both are tried with each other
     "SFT": ((0,), (*RATES, 3e-4)),
-    "Diffusion-DPO": ((100, 1000), RATES),
+    "Diffusion-DPO": ((100, 1000, 5000), RATES),
     "MaPO": ((8, 64), RATES),
     "MaPO, safeguard": ((8,), RATES),
 }
@@ -384,6 +384,11 @@ def file_name(setting: dict) -> str:
 # ---------------------------------------------------------------------------------------------------------------------
 
 
+def rank(row: dict) -> tuple[float, float]:
+    """The higher score is better; of two that are equal, the smaller Fréchet distance."""
+    return row["score"], -row["frechet"]
+
+
 class Runs:
     """Lines of a file, each a setting with its figures; `get` runs what isn't there."""
 
@@ -416,7 +421,7 @@ class Runs:
         task = self.settings_of or task
         betas, rates = (GRID | FORMS)[method]
         tried = [self.get(task, method, beta=beta, rate=rate, split="validation") for beta in betas for rate in rates]
-        found = max(tried, key=lambda row: row["score"])
+        found = max(tried, key=rank)
         return {"beta": found["beta"], "rate": found["rate"]}
 
 
@@ -518,7 +523,7 @@ def final_rows(runs: Runs, task: str, method: str) -> list[dict]:
     tried = select(runs, task=runs.settings_of or task, method=method, split="validation")
     if not tried:
         return []
-    best = max(tried, key=lambda row: row["score"])
+    best = max(tried, key=rank)
     setting = {key: best[key] for key in ("method", "beta", "rate", "safeguard")}
     return select(runs, task=task, **setting, pairs=0, noise=0.0, split="test")
 
