@@ -385,8 +385,8 @@ def file_name(setting: dict) -> str:
 
 
 def rank(row: dict) -> tuple[float, float]:
-    """The higher score is better; of two that are equal, the smaller Fréchet distance."""
-    return row["score"], -row["frechet"]
+    """The higher score is better; of two that are equal, the one with more recognised images."""
+    return row["score"], row["recognised"]
 
 
 class Runs:
