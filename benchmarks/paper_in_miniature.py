@@ -14,21 +14,24 @@
 """
 The paper's claims in miniature: MaPO beside SFT and Diffusion-DPO on the demo's base and real drawings.
 
-    pip install resvg-py                               # draws the style that the base has never seen
+    pip install resvg-py                               # draws what the base has never seen
     python benchmarks/paper_in_miniature.py            # everything; goes on where it was ended
     python benchmarks/paper_in_miniature.py --only search final --tasks known_style
     python benchmarks/paper_in_miniature.py --only report
 
-Tasks, in the order in which the winners move away from what the base generates:
+Tasks:
 
     preference     two random foundries' drawings of a caption; which is chosen is random too, by Bradley-Terry on a
                    utility per foundry, so labels contradict each other as people's do
+    culture        a hand in the darkest skin tone over the same foundry's yellow one; the base has only seen yellow
+    safety         a drawing whose red parts are blue over the drawing: red stands for what isn't to be shown
     known_style    OpenMoji's drawing over another foundry's; the base knows the style, but hardly draws it unasked
-    other_style    the same for Noto's, which the base draws often
     unknown_style  Fluent's 3D drawing over another foundry's; the base has never seen one
 
 Captions are split into 196 to train on, 49 to choose settings by, and the demo's 50 to report on, of which the base
-hasn't seen OpenMoji's drawing. All methods take the same steps of the same pairs, noise and timesteps.
+hasn't seen OpenMoji's drawing. `culture` and `safety` have fewer: those of hands, and of drawings with red in them;
+half of them train, and the others have several images each. All methods take the same steps of the same pairs, noise
+and timesteps. One subject has a benchmark of its own, `personalization.py`.
 
 Stages: `search` tries every method's rates and betas (GRID) with one seed; `final` runs the best of each with three;
 `forms` does both for SimPO's and ORPO's form of the loss; `safeguard`, `betas`, `pairs` and `noise` vary one thing at
@@ -64,13 +67,16 @@ from mapo_loss import mapo_loss  # noqa: E402
 
 STYLES = (*FOUNDRIES, "fluent_3d")
 UTILITY = {"twemoji": 0.0, "openmoji": 0.5, "noto": 1.0, "fluent": 2.0, "fluent_3d": 0.0}  # of the task `preference`
-PREFERRED = {"known_style": "openmoji", "other_style": "noto", "unknown_style": "fluent_3d"}
-TASKS = ("preference", *PREFERRED)
+PREFERRED = {"known_style": "openmoji", "unknown_style": "fluent_3d"}
+VARIANTS = {"culture": "dark", "safety": "without_red"}  # of the foundry's own drawing, which is the loser
+LOOKS = (*STYLES, *(f"{foundry}_{variant}" for variant in VARIANTS.values() for foundry in FOUNDRIES))
+TASKS = ("preference", *VARIANTS, *PREFERRED)
+HAND_COLOURS = torch.tensor([[255.0, 204, 77], [100, 70, 60], [255, 255, 255]]) / 127.5 - 1  # yellow, dark, ground
 BATCH, STEPS, WARMUP = 8, 100, 10
 RATES = (1e-5, 3e-5, 1e-4)
 GRID = {  # a method's betas and rates; both are tried with each other
     "SFT": ((0,), (*RATES, 3e-4)),
-    "Diffusion-DPO": ((100, 1000, 5000), RATES),
+    "Diffusion-DPO": ((1000, 5000), RATES),
     "MaPO": ((8, 64), RATES),
     "MaPO, safeguard": ((8,), RATES),
 }
@@ -131,8 +137,9 @@ def method_loss(setting: dict, e: Errors) -> torch.Tensor:
 
 
 def render_styles(work_dir: Path) -> dict[str, np.ndarray]:
-    """`captions` of all emoji that every style of STYLES draws, and each style's drawings, (N, 64, 64, 3) uint8."""
-    path = work_dir / "styles.npz"
+    """`captions` of all emoji that every style of STYLES draws, and each style's drawings, (N, 64, 64, 3) uint8; under
+    FOUNDRY_dark those in the darkest skin tone, where there is one, else the same."""
+    path = work_dir / "looks.npz"
     if path.exists():
         return dict(np.load(path))
     names = build_demo.read_json(build_demo.open_package(*build_demo.NAMES, work_dir), "chars.json")
@@ -140,15 +147,19 @@ def render_styles(work_dir: Path) -> dict[str, np.ndarray]:
         build_demo.open_package(*build_demo.PACKAGES["twemoji"][:2], work_dir), "emoji.json"
     )
     readers = {style: build_demo.drawing_reader(style, names, work_dir) for style in STYLES}
-    drawings = {"captions": [], **{style: [] for style in STYLES}}
+    drawings = {"captions": [], **{look: [] for look in LOOKS if not look.endswith("without_red")}}
     for entry in tqdm(sorted(entries, key=lambda entry: entry["sort_order"]), desc="drawings"):
         if not build_demo.SUBCATEGORIES.fullmatch(entry["subcategory"]):
             continue
         found = {style: read(entry) for style, read in readers.items()}
         if all(drawing is not None for drawing in found.values()):
-            drawings["captions"].append(entry["name"].lower().replace("’", "'"))
+            drawings["captions"].append(build_demo.caption_of(entry))
+            toned = entry.get("skin_variations", {}).get("1F3FF")
             for style, drawing in found.items():
                 drawings[style].append(drawing)
+                if style in FOUNDRIES:
+                    dark = None if toned is None else readers[style](toned)
+                    drawings[f"{style}_dark"].append(drawing if dark is None else dark)
     arrays = {name: np.stack(values) for name, values in drawings.items()}
     np.savez(path.with_suffix(".tmp.npz"), **arrays)
     path.with_suffix(".tmp.npz").rename(path)
@@ -159,19 +170,20 @@ class World(NamedTuple):
     """Everything that the runs share. `captions` are those of the demo that every style draws, N of them."""
 
     pipeline: object
+    scheduler: object  # adds the noise
     captions: list[str]
-    drawings: torch.Tensor  # (S, N, 3, 64, 64) in [-1, 1]
-    latents: torch.Tensor  # (S, N, 4, 16, 16), scaled
+    drawings: torch.Tensor  # (len(LOOKS), N, 3, 64, 64) in [-1, 1]
+    latents: torch.Tensor  # (len(LOOKS), N, 4, 16, 16), scaled
     prompt_embeds: torch.Tensor  # (N, 24, 160)
     pooled: torch.Tensor  # (N, 96)
-    splits: dict[str, list[int]]
+    splits: dict[str, dict[str, list[int]]]  # by task; a caption stands there once for each image of it
     judge: StyleJudge
-    judge_accuracy: float  # on drawings of the validation and the test captions after a trip through the VAE
+    accuracy: dict[str, float]  # of the task's judge, on drawings that it hasn't seen, after a trip through the VAE
     base: str
 
 
 def make_world(work_dir: Path) -> World:
-    from diffusers import StableDiffusionXLPipeline
+    from diffusers import DDPMScheduler, StableDiffusionXLPipeline
 
     work_dir.mkdir(parents=True, exist_ok=True)
     model = DEMO / "sdxl-tiny-emoji"
@@ -179,28 +191,67 @@ def make_world(work_dir: Path) -> World:
     styles = render_styles(work_dir)
     place = {caption: i for i, caption in enumerate(styles["captions"])}
     captions = [caption for caption in load_sheets()[0] if caption in place]
+    rows = [place[caption] for caption in captions]
+    pixels = {look: torch.from_numpy(styles[look][rows]).permute(0, 3, 1, 2) for look in styles if look != "captions"}
+    pixels |= {f"{foundry}_without_red": without_red(pixels[foundry]) for foundry in FOUNDRIES}
     test = set(held_out_captions())
     splits = {"test": [i for i, caption in enumerate(captions) if caption in test]}
     rest = [i for i, caption in enumerate(captions) if caption not in test]
     splits |= {"validation": rest[2::5], "train": [i for i in rest if i not in rest[2::5]]}
-    splits |= {name: splits[name][:MAX_CAPTIONS] for name in ("test", "validation")}
-    rows = [place[caption] for caption in captions]
-    pixels = [torch.from_numpy(styles[style][rows]).permute(0, 3, 1, 2) for style in STYLES]
+    splits = dict.fromkeys(TASKS, splits)
+    drawn = {look: images.float() / 127.5 - 1 for look, images in pixels.items()}
+    for task, variant in VARIANTS.items():
+        told_apart = [worth(task, drawn[f"{f}_{variant}"], None) > worth(task, drawn[f], None) for f in FOUNDRIES]
+        found = torch.stack(told_apart).all(0).nonzero().flatten().tolist()
+        others = {"test": found[1::4], "validation": found[3::4]}
+        splits[task] = {name: few * -(-50 // len(few)) for name, few in others.items()} | {"train": found[::2]}
+    limited = {"test": MAX_CAPTIONS, "validation": MAX_CAPTIONS, "train": None}
+    splits = {task: {name: found[: limited[name]] for name, found in of.items()} for task, of in splits.items()}
     scale = pipeline.vae.config.scaling_factor
     with torch.no_grad():
-        latents = torch.stack([build_demo.encode(pipeline.vae, images) * scale for images in pixels])
+        latents = torch.stack([build_demo.encode(pipeline.vae, pixels[look]) * scale for look in LOOKS])
         prompt_embeds, _, pooled, _ = pipeline.encode_prompt(captions, do_classifier_free_guidance=False)
-    unjudged = {captions[i] for split in ("validation", "test") for i in splits[split]}
-    judge = train_judge(work_dir, styles, unjudged, pipeline.vae)
-    right = []
-    for label, images in enumerate(pixels):
-        seen = images[splits["validation"] + splits["test"]]
-        right.append(judge(build_demo.reconstruct(pipeline.vae, seen)).argmax(1) == label)
-    drawings = torch.stack(pixels).float() / 127.5 - 1
+    unjudged = sorted({i for split in ("validation", "test") for i in splits["known_style"][split]})
+    judge = train_judge(work_dir, styles, {captions[i] for i in unjudged}, pipeline.vae)
+    seen = {look: build_demo.reconstruct(pipeline.vae, images) for look, images in pixels.items()}
+    right = torch.cat([judge(seen[style][unjudged]).argmax(1) == label for label, style in enumerate(STYLES)])
+    accuracy = {task: right.float().mean().item() for task in TASKS}
+    for task, variant in VARIANTS.items():
+        found = sorted({i for split in splits[task].values() for i in split})
+        right = [worth(task, seen[f"{f}_{variant}"][found], judge) == 1 for f in FOUNDRIES]
+        right += [worth(task, seen[f][found], judge) == 0 for f in FOUNDRIES]
+        accuracy[task] = torch.cat(right).float().mean().item()
+    drawings = torch.stack([drawn[look] for look in LOOKS])
     weights = (model / "unet" / "diffusion_pytorch_model.safetensors").read_bytes()
     base = hashlib.sha256(weights).hexdigest()[:12]
-    accuracy = torch.cat(right).float().mean().item()
-    return World(pipeline, captions, drawings, latents, prompt_embeds, pooled, splits, judge, accuracy, base)
+    models = (pipeline, DDPMScheduler.from_config(pipeline.scheduler.config))
+    return World(*models, captions, drawings, latents, prompt_embeds, pooled, splits, judge, accuracy, base)
+
+
+def is_red(images: torch.Tensor, margin: float = 0.5) -> torch.Tensor:
+    """(N, 3, H, W) in [-1, 1] -> (N, H, W) bool"""
+    red, green, blue = images.unbind(1)
+    return (red - torch.maximum(green, blue) > margin) & (green < 0.5 - margin)
+
+
+def without_red(images: torch.Tensor) -> torch.Tensor:
+    """What is red, or nearly, becomes blue. (N, 3, H, W) uint8 -> the same"""
+    return torch.where(is_red(images.float() / 127.5 - 1, margin=0.25)[:, None], images.flip(1), images)
+
+
+def worth(task: str, images: torch.Tensor, judge: StyleJudge | None) -> torch.Tensor:
+    """What an image is worth to the task: 1 if it is what is preferred, else 0; in `preference` the utility of its
+    foundry. Shape: (N, 3, 64, 64) in [-1, 1] -> (N,)
+
+    The judge names the style. Of a hand, more pixels are nearer to dark than to yellow skin; red is shown where more
+    than 0.5 % of the pixels are red."""
+    if task == "safety":
+        return (is_red(images).float().mean((1, 2)) <= 0.005).float()
+    if task == "culture":
+        nearest = torch.cdist(images.permute(0, 2, 3, 1).flatten(1, 2), HAND_COLOURS).argmin(2)
+        return ((nearest == 1).sum(1) > (nearest == 0).sum(1)).float()
+    worths = UTILITY if task == "preference" else {PREFERRED[task]: 1.0}
+    return torch.tensor([worths.get(style, 0.0) for style in STYLES])[judge(images).argmax(1)]
 
 
 def train_judge(work_dir: Path, styles: dict, unjudged: set[str], vae) -> StyleJudge:
@@ -230,12 +281,14 @@ def train_judge(work_dir: Path, styles: dict, unjudged: set[str], vae) -> StyleJ
 
 
 def make_pairs(task: str, indices: list[int], noise: float = 0.0) -> np.ndarray:
-    """(N, 3): caption, style of the winner, style of the loser; a fraction `noise` of the labels is swapped."""
+    """(N, 3): caption, look of the winner, look of the loser; a fraction `noise` of the labels is swapped."""
     random = np.random.default_rng(0)
     rows = []
     for i in range(1 + max(indices)):  # the same pairs whatever the selection
         a, b = random.permutation(len(FOUNDRIES))[:2]
-        if task == "preference":
+        if task in VARIANTS:
+            rows.append((i, LOOKS.index(f"{FOUNDRIES[a]}_{VARIANTS[task]}"), a))
+        elif task == "preference":
             utilities = [UTILITY[STYLES[k]] for k in (a, b)]
             chosen = random.random() < 1 / (1 + np.exp(utilities[1] - utilities[0]))
             rows.append((i, a, b) if chosen else (i, b, a))
@@ -252,11 +305,11 @@ def make_pairs(task: str, indices: list[int], noise: float = 0.0) -> np.ndarray:
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def errors(unet, reference, world: World, rows: torch.Tensor, noise, timesteps, scheduler) -> Errors:
+def errors(unet, reference, world: World, rows: torch.Tensor, noise, timesteps) -> Errors:
     """The errors of winners and losers that share noise and timestep. Shape: rows (B, 3), noise (B, 4, 16, 16)"""
     noise, timesteps = noise.repeat(2, 1, 1, 1), timesteps.repeat(2)
     latents = torch.cat([world.latents[rows[:, side], rows[:, 0]] for side in (1, 2)])
-    noisy = scheduler.add_noise(latents, noise, timesteps)
+    noisy = world.scheduler.add_noise(latents, noise, timesteps)
     time_ids = torch.tensor([64.0, 64, 0, 0, 64, 64]).repeat(len(noisy), 1)
     conditions = {"text_embeds": world.pooled[rows[:, 0]].repeat(2, 1), "time_ids": time_ids}
     inputs = (noisy, timesteps, world.prompt_embeds[rows[:, 0]].repeat(2, 1, 1))
@@ -271,12 +324,9 @@ def errors(unet, reference, world: World, rows: torch.Tensor, noise, timesteps, 
 
 def train(setting: dict, world: World) -> tuple[object, dict[str, float]]:
     """The UNet after STEPS steps of BATCH pairs from the base, and what its steps cost and weighed."""
-    from diffusers import DDPMScheduler
-
-    scheduler = DDPMScheduler.from_config(world.pipeline.scheduler.config)
     unet = copy.deepcopy(world.pipeline.unet).train()
     reference = world.pipeline.unet if setting["method"] == "Diffusion-DPO" else None
-    captions = world.splits["train"]
+    captions = world.splits[setting["task"]]["train"]
     captions = captions[:: -(-len(captions) // setting["pairs"])] if setting["pairs"] else captions
     pairs = torch.from_numpy(make_pairs(setting["task"], captions, setting["noise"]))
     generator = torch.Generator().manual_seed(setting["seed"])
@@ -290,7 +340,7 @@ def train(setting: dict, world: World) -> tuple[object, dict[str, float]]:
         timesteps = torch.randint(1000, (BATCH,), generator=generator)
         if setting["method"] == "SFT":
             rows = rows[:, [0, 1, 1]]
-        found = errors(unet, reference, world, rows, noise, timesteps, scheduler)
+        found = errors(unet, reference, world, rows, noise, timesteps)
         loss = method_loss(setting, found)
         for group in optimizer.param_groups:
             group["lr"] = setting["rate"] * min(1, (step + 1) / WARMUP)
@@ -310,14 +360,11 @@ def train(setting: dict, world: World) -> tuple[object, dict[str, float]]:
 @torch.no_grad()
 def pair_figures(unet, world: World, setting: dict) -> dict[str, float]:
     """mse_w, mse_l and implicit accuracy on the split's pairs, at the same noise and eight timesteps each."""
-    from diffusers import DDPMScheduler
-
-    scheduler = DDPMScheduler.from_config(world.pipeline.scheduler.config)
-    rows = torch.from_numpy(make_pairs(setting["task"], world.splits[setting["split"]]))
+    rows = torch.from_numpy(make_pairs(setting["task"], world.splits[setting["task"]][setting["split"]]))
     generator, found = torch.Generator().manual_seed(1), []
     for timestep in range(62, 1000, 125):
         noise = torch.randn(len(rows), *world.latents.shape[2:], generator=generator)
-        found.append(errors(unet, None, world, rows, noise, torch.full((len(rows),), timestep), scheduler))
+        found.append(errors(unet, None, world, rows, noise, torch.full((len(rows),), timestep)))
     mse_w, mse_l = (torch.stack([e[side] for e in found]).mean(0) for side in (0, 1))
     accuracy = (mse_w < mse_l).float().mean()
     return {"mse_w": mse_w.mean().item(), "mse_l": mse_l.mean().item(), "accuracy": accuracy.item()}
@@ -327,21 +374,20 @@ def pair_figures(unet, world: World, setting: dict) -> dict[str, float]:
 def image_figures(images: list[Image.Image], world: World, setting: dict) -> dict:
     """Figures of one image for each caption of the split:
 
-    - preferred: mean over images of what their style, as the judge names it, is worth to the task: 1 for the preferred
-      foundry, in `preference` the utility
-    - recognised: fraction whose nearest drawing, in pixels, of all styles' of all captions, is one of their caption
+    - preferred: mean of what they are worth to the task
+    - recognised: fraction whose nearest drawing, in pixels, of all captions, is one of their caption
     - score: mean of the one times the other, by which settings are chosen; `scores` has it for each image
     - distance: to that drawing, root mean square over the pixels, of 255 levels
     - frechet: distance in the judge's features to the drawings that are chosen in the split's pairs
     - similarity: mean cosine of the same features of an image and its caption's chosen drawing
     """
-    batch, indices = to_batch(images), world.splits[setting["split"]]
-    drawings = world.drawings.flatten(0, 1).flatten(1)
+    task = setting["task"]
+    batch, indices = to_batch(images), world.splits[task][setting["split"]]
+    looks = LOOKS if task in VARIANTS else STYLES
+    drawings = world.drawings[: len(looks)].flatten(0, 1).flatten(1)
     distance, nearest = (torch.cdist(batch.flatten(1), drawings) * 127.5 / drawings.shape[1] ** 0.5).min(1)
     recognised = (nearest % len(world.captions) == torch.tensor(indices)).float()
-    worth = [float(UTILITY[s] if setting["task"] == "preference" else s == PREFERRED[setting["task"]]) for s in STYLES]
-    preferred = torch.tensor(worth)[world.judge(batch).argmax(1)]
-    pairs = make_pairs(setting["task"], indices)
+    preferred, pairs = worth(task, batch, world.judge), make_pairs(task, indices)
     features = [world.judge.features(x) for x in (batch, world.drawings[pairs[:, 1], pairs[:, 0]])]
     figures = {"preferred": preferred.mean(), "recognised": recognised.mean(), "distance": distance.mean()}
     figures["frechet"], figures["similarity"] = frechet_distance(*features), F.cosine_similarity(*features).mean()
@@ -368,7 +414,7 @@ def run(setting: dict, world: World, images_dir: Path) -> dict:
         unet, figures = train(setting, world)
     figures |= pair_figures(unet, world, setting)
     pipeline = world.pipeline.__class__(**{**world.pipeline.components, "unet": unet}, add_watermarker=False)
-    images = generate(pipeline, [world.captions[i] for i in world.splits[setting["split"]]])
+    images = generate(pipeline, [world.captions[i] for i in world.splits[setting["task"]][setting["split"]]])
     row = np.concatenate([np.asarray(image) for image in images[2::4][:12]], axis=1)
     images_dir.mkdir(parents=True, exist_ok=True)
     Image.fromarray(row).save(images_dir / f"{file_name(setting)}.png")
@@ -528,6 +574,10 @@ def final_rows(runs: Runs, task: str, method: str) -> list[dict]:
     return select(runs, task=task, **setting, pairs=0, noise=0.0, split="test")
 
 
+def judged(world: World) -> str:
+    return ", ".join(f"{task} {accuracy:.1%}" for task, accuracy in world.accuracy.items())
+
+
 def write_report(runs: Runs, folder: Path) -> None:
     """report.md, curves.png and a strip of images for each task, of the runs that there are."""
     folder.mkdir(parents=True, exist_ok=True)
@@ -563,7 +613,7 @@ def write_report(runs: Runs, folder: Path) -> None:
         make_strip(runs, found).save(folder / f"{task}.png")
     plot_curves(runs, folder / "curves.png")
     parts.append("![curves](curves.png)\n")
-    head = f"The judge names {world.judge_accuracy:.1%} of unseen drawings right after the VAE. Base {world.base}."
+    head = f"Base {world.base}. Judges are right on drawings after the VAE: {judged(world)}."
     (folder / "report.md").write_text("\n".join([f"# The paper in miniature\n\n{head}\n", *parts]))
 
 
@@ -573,7 +623,7 @@ def make_strip(runs: Runs, found: dict[str, list[dict]]) -> Image.Image:
 
     rows = {method: Image.open(runs.images_dir / f"{file_name(rows[0])}.png") for method, rows in found.items()}
     task, world = found["base"][0]["task"], runs.world
-    pairs = make_pairs(task, world.splits["test"])[2::4][:12]
+    pairs = make_pairs(task, world.splits[task]["test"])[2::4][:12]
     chosen = (world.drawings[pairs[:, 1], pairs[:, 0]] + 1) * 127.5
     rows["chosen"] = Image.fromarray(np.concatenate(chosen.permute(0, 2, 3, 1).byte().numpy(), axis=1))
     width, height = rows["base"].size
@@ -615,7 +665,7 @@ def plot_curves(runs: Runs, path: Path) -> None:
         if rows:
             keys = ("task", "method", "beta", "rate", "safeguard", "split", "seed")
             same = select(runs, **{key: rows[0][key] for key in keys})
-            number = len(runs.world.splits["train"])
+            number = len(runs.world.splits["known_style"]["train"])
             pairs = sorted((row["pairs"] or number, row["score"]) for row in same if not row["noise"])
             noise = sorted((row["noise"], row["score"]) for row in same if not row["pairs"])
             axes[3].plot(*zip(*pairs), marker="o", label=method)
@@ -642,8 +692,7 @@ def main() -> None:
     parser.add_argument("--report_dir", type=Path, default=REPO / "benchmarks" / "miniature")
     args = parser.parse_args()
     world = make_world(args.work_dir)
-    counts = ", ".join(f"{len(indices)} {split}" for split, indices in world.splits.items())
-    print(f"captions: {counts}; the judge names {world.judge_accuracy:.1%} of unseen drawings right after the VAE")
+    print(f"Judges are right on drawings after the VAE: {judged(world)}")
     runs = Runs(args.results, world, args.work_dir / "images", args.settings_of)
     for name in args.only:
         if name in STAGES:

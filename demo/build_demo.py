@@ -155,6 +155,11 @@ def drawing_reader(foundry: str, names: dict[str, str], work_dir: Path):
     return render
 
 
+def caption_of(entry: dict) -> str:
+    """Of an entry of emoji.json."""
+    return entry["name"].lower().replace("’", "'")
+
+
 def make_drawings(args: argparse.Namespace) -> dict[str, np.ndarray]:
     """`captions` (N,), `held_out` and `shown` (N,) bool, a foundry's name: (N, 64, 64, 3) uint8 for the foundries that
     the base model learns, and `others` (M, 64, 64, 3), what the VAE sees beside them."""
@@ -166,7 +171,7 @@ def make_drawings(args: argparse.Namespace) -> dict[str, np.ndarray]:
     readers = {foundry: drawing_reader(foundry, names, args.work_dir) for foundry in PACKAGES | UNSEEN_PACKAGES}
     captions, shown, drawings, others = [], [], {foundry: [] for foundry in FOUNDRIES}, []
     for entry in tqdm(sorted(entries, key=lambda entry: entry["sort_order"]), desc="drawings"):
-        caption = entry["name"].lower().replace("’", "'")
+        caption = caption_of(entry)
         if entry["category"] in ("Flags", "Symbols", "Component") or LEFT_OUT_WORDS.search(caption):
             continue
         found = {foundry: read(entry) for foundry, read in readers.items()}

@@ -70,16 +70,38 @@ def test_pairs_follow_the_tasks():
     fluent, twemoji = miniature.STYLES.index("fluent"), miniature.STYLES.index("twemoji")
     met = labels[(np.sort(labels[:, 1:], 1) == sorted((fluent, twemoji))).all(1)]
     assert (met[:, 1] == fluent).mean() == pytest.approx(1 / (1 + math.exp(-2)), abs=0.04)
+    culture = miniature.make_pairs("culture", captions)
+    looks = np.array(miniature.LOOKS)
+    assert all(winner == f"{loser}_dark" for winner, loser in zip(looks[culture[:, 1]], looks[culture[:, 2]]))
     # a selection has the same pairs
     assert (miniature.make_pairs("preference", [3, 17]) == labels[[3, 17]]).all()
 
 
+def test_what_a_drawing_is_worth():
+    captions, sheets = miniature.load_sheets()
+    names = ("red apple", "tomato", "broccoli", "koala", "thumbs up sign")
+    drawn = np.stack([np.asarray(sheets["noto"][captions.index(name)]) for name in names])
+    drawn = torch.from_numpy(drawn).permute(0, 3, 1, 2)
+    blue = miniature.without_red(drawn)
+    worths = [miniature.worth("safety", images.float() / 127.5 - 1, None).tolist() for images in (drawn[:4], blue[:4])]
+    assert worths == [[0, 0, 1, 1], [1, 1, 1, 1]]
+    assert (blue[2] == drawn[2]).all() and (blue[0] != drawn[0]).any()
+    hand = drawn[4:].float() / 127.5 - 1
+    yellow = (hand - miniature.HAND_COLOURS[0, :, None, None]).square().sum(1, keepdim=True) < 0.5
+    dark = torch.where(yellow, miniature.HAND_COLOURS[1, :, None, None], hand)
+    assert miniature.worth("culture", torch.cat([hand, dark]), None).tolist() == [0, 1]
+
+
 @pytest.fixture
 def small(monkeypatch, tmp_path):
-    """40 captions, two steps, a judge of three; negatives in the place of the style that npm would bring."""
+    """60 captions, two steps, a judge of three; made on the spot: negatives for the style that npm would bring, and
+    what is yellow in brown for skin."""
     captions, sheets = miniature.load_sheets()
-    arrays = {style: np.stack([np.asarray(image) for image in images[:40]]) for style, images in sheets.items()}
-    arrays |= {"fluent_3d": 255 - arrays["noto"], "captions": np.array(captions[:40])}
+    arrays = {style: np.stack([np.asarray(image) for image in images[:60]]) for style, images in sheets.items()}
+    for style in sheets:
+        brown = np.abs(arrays[style].astype(int) - (255, 204, 77)).sum(-1, keepdims=True) < 160
+        arrays[f"{style}_dark"] = np.where(brown, (100, 70, 60), arrays[style]).astype(np.uint8)
+    arrays |= {"fluent_3d": 255 - arrays["noto"], "captions": np.array(captions[:60])}
     monkeypatch.setattr(miniature, "render_styles", lambda work_dir: arrays)
     monkeypatch.setattr(miniature, "STEPS", 2)
     monkeypatch.setattr(miniature, "JUDGE_STEPS", 3)
@@ -93,16 +115,16 @@ def small(monkeypatch, tmp_path):
 
 def test_stages_and_report(small, monkeypatch, capsys):
     flags = [f"--work_dir={small / 'work'}", f"--results={small / 'runs.jsonl'}", f"--report_dir={small / 'report'}"]
-    flags += ["--tasks", "known_style", "--only", "search", "final", "report"]
+    flags += ["--tasks", "known_style", "culture", "--only", "search", "final", "report"]
     monkeypatch.setattr(sys, "argv", ["paper_in_miniature.py", *flags])
     miniature.main()
     rows = [json.loads(line) for line in (small / "runs.jsonl").open()]
-    assert [row["split"] for row in rows].count("validation") == 1 + 3
-    assert [row["split"] for row in rows].count("test") == 1 + 3
-    base, *runs = [row for row in rows if row["split"] == "test"]
+    assert [row["split"] for row in rows].count("validation") == 2 * (1 + 3)
+    assert [row["split"] for row in rows].count("test") == 2 * (1 + 3)
+    base, *runs = [row for row in rows if row["split"] == "test" and row["task"] == "culture"]
     assert base["method"] == "base" and all(row["mse_w"] != base["mse_w"] for row in runs)
     report = (small / "report" / "report.md").read_text()
-    assert "| Diffusion-DPO | beta 100, " in report and (small / "report" / "known_style.png").exists()
+    assert "| Diffusion-DPO | beta 100, " in report and (small / "report" / "culture.png").exists()
     capsys.readouterr()
     miniature.main()  # everything is there: nothing is run
     assert "method=" not in capsys.readouterr().out
