@@ -95,7 +95,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--vae_steps", type=int, default=12000)
     parser.add_argument("--base_steps", type=int, default=12500)
     parser.add_argument("--wide_fraction", type=float, default=0.33, help="Of the base's steps: on all emoji.")
-    parser.add_argument("--judge_steps", type=int, default=600)
+    parser.add_argument("--judge_steps", type=int, default=1200)
     parser.add_argument("--max_captions", type=int, default=None, help="Use the first N captions only (for tests).")
     parser.add_argument("--seed", type=int, default=0)
     return parser.parse_args(argv)
@@ -554,7 +554,9 @@ def train_judge(args: argparse.Namespace, drawings: dict, vae):
         for images, names in versions:
             index = torch.randint(len(images), (16,), **random)
             rows, columns = torch.randint(-3, 4, (2,), **random).tolist()
-            batches.append(images[index].roll((rows, columns), (2, 3)))
+            images = images[index].roll((rows, columns), (2, 3))
+            mirrored = torch.rand((16, 1, 1, 1), **random) < 0.5
+            batches.append(torch.where(mirrored, images.flip(3), images))
             labels.append(names[index])
         logits = judge(torch.cat(batches))
         return F.cross_entropy(logits.float(), torch.cat(labels), label_smoothing=0.05)
@@ -673,6 +675,8 @@ def measure_demo(args: argparse.Namespace, drawings: dict, vae, judge) -> dict:
     figures["base_on_held_out_captions"] = measure(generate(pipeline, unseen), unseen)
     known = drawings["captions"][drawings["validation"]].tolist()
     figures["base_on_validation_captions"] = measure(generate(pipeline, known), known)
+    named = generate(pipeline, [with_style(caption, PREFERRED) for caption in known])
+    figures[f"base_on_validation_captions_in_{PREFERRED}_style"] = measure(named, known)
     for foundry in FOUNDRIES:
         named = generate(pipeline, [with_style(caption, foundry) for caption in unseen])
         figures[f"base_on_held_out_captions_in_{foundry}_style"] = measure(named, unseen)

@@ -127,9 +127,10 @@ def measure_unseen_drawings() -> dict[str, float]:
     return measure([sheets[PREFERRED][i] for i in chosen], held_out, [first + i for i in chosen])
 
 
-def change(row: tuple[str, str, str], before: dict, after: dict) -> str:
+def change(row: tuple[str, str, str], before: dict, after: dict, aim: dict | None = None) -> str:
     name, form, _ = row
-    return f"{form.format(before[name]):>6} -> {form.format(after[name]):>6}"
+    text = f"{form.format(before[name]):>6} -> {form.format(after[name]):>6}"
+    return text if aim is None else f"{text} {'(' + form.format(aim[name]) + ')':>8}"
 
 
 def preference_report(output_dir: str, base: str | None = None) -> str:
@@ -149,15 +150,16 @@ def preference_report(output_dir: str, base: str | None = None) -> str:
     style = (PREFERRED, "{:.0%}", f"in OpenMoji's style, says a judge that names {accuracy:.0%} of drawings right")
     known, new = validation_captions(), held_out_captions()
     known_figures, new_figures = (measure(generate(pipeline, captions), captions) for captions in (known, new))
-    ideal = figures["unseen_openmoji_drawings"]
+    by_word, real = figures["base_on_validation_captions_in_openmoji_style"], figures["unseen_openmoji_drawings"]
     lines = [
-        f"Images before -> after, of {len(known)} captions that no pair of the training has, and of {len(new)} of "
-        "which the base has never seen OpenMoji's drawing (in brackets: the real ones, as if unknown):"
+        f"Images before -> after, of {len(known)} captions that no pair of the training has (in brackets: before, asked "
+        f"for by word), and of {len(new)} of which the base has never seen OpenMoji's drawing (the real ones, as if "
+        "unknown):"
     ]
     for row in (style, *ROWS):
-        changes = change(row, figures["base_on_validation_captions"], known_figures)
-        changes += "   " + change(row, figures["base_on_held_out_captions"], new_figures)
-        lines.append(f"{changes} {'(' + row[1].format(ideal[row[0]]) + ')':>8}  {row[2]}")
+        changes = change(row, figures["base_on_validation_captions"], known_figures, by_word)
+        changes += "   " + change(row, figures["base_on_held_out_captions"], new_figures, real)
+        lines.append(f"{changes}  {row[2]}")
     records = map(json.loads, (Path(output_dir) / "metrics.jsonl").read_text().splitlines())
     held_out = [record for record in records if record.get("val_accuracy") is not None]
     lines += [f"{change(row, held_out[0], held_out[-1])}{' ' * 30}{row[2]}" for row in ERRORS]
