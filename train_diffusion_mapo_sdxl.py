@@ -128,9 +128,7 @@ NEEDS = {  # the latter do nothing without the former
 }
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Arguments
-# ---------------------------------------------------------------------------------------------------------------------
+# ---- Arguments ------------------------------------------------------------------------------------------------------
 
 
 def number(kind: type, interval: str, text: str) -> int | float:  # twin
@@ -327,9 +325,7 @@ def check_output_dir(parser: argparse.ArgumentParser, args: argparse.Namespace) 
                 parser.error(f"--output_dir {output_dir}: {holds}; {remedy}")
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Models
-# ---------------------------------------------------------------------------------------------------------------------
+# ---- Models ---------------------------------------------------------------------------------------------------------
 
 
 HALF_DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16}
@@ -414,9 +410,7 @@ def load_pipeline(args: argparse.Namespace, weight_dtype: torch.dtype):
     return pipeline
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Data
-# ---------------------------------------------------------------------------------------------------------------------
+# ---- Data -----------------------------------------------------------------------------------------------------------
 
 
 # Columns of published data sets: caption, images 0 and 1, labels 0 and 1. Without labels, image 0 is the chosen one;
@@ -629,9 +623,7 @@ def prepare_image(
     return pixels, [height, width, top, left, resolution, resolution]
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Encoding
-# ---------------------------------------------------------------------------------------------------------------------
+# ---- Encoding -------------------------------------------------------------------------------------------------------
 
 
 def hash_of(*parts) -> str:  # twin
@@ -858,9 +850,7 @@ def make_batches(dataset, first_step: int, args: argparse.Namespace, accelerator
     )
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Training
-# ---------------------------------------------------------------------------------------------------------------------
+# ---- Training -------------------------------------------------------------------------------------------------------
 
 
 def sample_noise(  # twin
@@ -989,20 +979,13 @@ def prepare_sharding(model, args: argparse.Namespace, accelerator: Accelerator) 
         accelerator.state.fsdp_plugin.mixed_precision_policy = policy
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Checkpoints
-# ---------------------------------------------------------------------------------------------------------------------
+# ---- Checkpoints ----------------------------------------------------------------------------------------------------
 
 
 def list_checkpoints(output_dir: Path) -> list[Path]:  # twin
-    """Whole checkpoints, oldest first: those whose files have the sizes that `state.json` says."""
-    found = {}
-    for path in output_dir.glob("checkpoint-*"):
-        with contextlib.suppress(OSError, ValueError, KeyError):
-            state = json.loads((path / "state.json").read_text())
-            if all((path / name).stat().st_size == size for name, size in state["sizes"].items()):
-                found[path] = state["step"]
-    return sorted(found, key=found.get)
+    """Oldest first. `state.json` is written last and deleted first: a folder with it is whole."""
+    found = output_dir.glob("checkpoint-*/state.json")
+    return [file.parent for file in sorted(found, key=lambda file: json.loads(file.read_text())["step"])]
 
 
 def find_checkpoint(args: argparse.Namespace) -> Path | None:  # twin
@@ -1010,13 +993,10 @@ def find_checkpoint(args: argparse.Namespace) -> Path | None:  # twin
     if args.resume_from_checkpoint is None:
         return None
     if args.resume_from_checkpoint != "latest":
-        checkpoint = Path(args.resume_from_checkpoint)
-        if checkpoint not in list_checkpoints(checkpoint.parent):
-            fail(f"--resume_from_checkpoint {checkpoint}: no whole checkpoint; try `latest`")
-        return checkpoint
+        if not Path(args.resume_from_checkpoint, "state.json").is_file():
+            fail(f"--resume_from_checkpoint {args.resume_from_checkpoint}: no whole checkpoint; try `latest`")
+        return Path(args.resume_from_checkpoint)
     checkpoints = list_checkpoints(Path(args.output_dir))
-    for broken in sorted(set(Path(args.output_dir).glob("checkpoint-*")) - set(checkpoints)):
-        logger.info(f"{broken} is not a whole checkpoint and is passed over.")
     if not checkpoints:
         logger.info(f"No checkpoint in {args.output_dir} yet: training starts from scratch.")
     return checkpoints[-1] if checkpoints else None
@@ -1059,11 +1039,12 @@ def save_checkpoint(step: int, run: dict, args: argparse.Namespace, accelerator:
         raise OSError(f"--output_dir {args.output_dir}: {folder.name} can't be written ({error})") from error
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:
-        sizes = {str(p.relative_to(aside)): p.stat().st_size for p in aside.rglob("*") if p.is_file()}
-        (aside / "state.json").write_text(json.dumps({"step": step, "sizes": sizes, "run": run}, indent=2))
+        (aside / "state.json").write_text(json.dumps({"step": step, "run": run}, indent=2))
+        (folder / "state.json").unlink(missing_ok=True)
         shutil.rmtree(folder, ignore_errors=True)
         os.replace(aside, folder)
         for old in list_checkpoints(Path(args.output_dir))[: -args.checkpoints_total_limit]:
+            (old / "state.json").unlink()  # first: a kill may leave the rest
             shutil.rmtree(old)
     accelerator.wait_for_everyone()
     return folder
@@ -1154,9 +1135,7 @@ def plot_curves(history: list[dict], path: Path) -> None:
     save_aside(path, lambda path: figure.savefig(path, dpi=100))
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Validation
-# ---------------------------------------------------------------------------------------------------------------------
+# ---- Validation -----------------------------------------------------------------------------------------------------
 
 
 @contextlib.contextmanager
@@ -1287,9 +1266,7 @@ def show_images(step: int, training: Training, data: Data, args, accelerator: Ac
             tracker.log_images({"before_after": [grid]}, step)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Results
-# ---------------------------------------------------------------------------------------------------------------------
+# ---- Results --------------------------------------------------------------------------------------------------------
 
 
 def save_weights(training: Training, args: argparse.Namespace, accelerator: Accelerator) -> None:
@@ -1384,9 +1361,7 @@ What differs from the script's defaults: {json.dumps(settings, indent=2)}
     save_aside(output_dir / "README.md", card.save)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Main
-# ---------------------------------------------------------------------------------------------------------------------
+# ---- Main -----------------------------------------------------------------------------------------------------------
 
 
 def prepare_run(args: argparse.Namespace) -> Accelerator:

@@ -114,9 +114,7 @@ PACKAGES = {"adamw_8bit": "bitsandbytes", "prodigy": "prodigyopt"}
 PACKAGES |= {tracker: tracker for tracker in ("tensorboard", "wandb", "trackio")}
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Arguments
-# ---------------------------------------------------------------------------------------------------------------------
+# ---- Arguments ------------------------------------------------------------------------------------------------------
 
 
 def number(kind: type, interval: str, text: str) -> int | float:  # twin
@@ -332,9 +330,7 @@ def blame(flag: str, value: str):  # twin
         fail(f"--{flag} {value}: {cause}")
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Models
-# ---------------------------------------------------------------------------------------------------------------------
+# ---- Models ---------------------------------------------------------------------------------------------------------
 
 
 # What --mixed_precision computes in; without it, fp32.
@@ -487,9 +483,7 @@ class TokenEmbedding(torch.nn.Module):
         return torch.where((input_ids >= self.first)[..., None], new, old)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Data
-# ---------------------------------------------------------------------------------------------------------------------
+# ---- Data -----------------------------------------------------------------------------------------------------------
 
 
 IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff"}
@@ -669,9 +663,7 @@ def generate_rejected(step: int, photos: list[Photo], model, args, accelerator: 
     return [[decode_image(file) for file in row] for row in files]
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Encoding
-# ---------------------------------------------------------------------------------------------------------------------
+# ---- Encoding -------------------------------------------------------------------------------------------------------
 
 
 def hash_of(*parts) -> str:  # twin
@@ -745,9 +737,7 @@ class PhotoSet(torch.nn.Module):
         return batch
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Training
-# ---------------------------------------------------------------------------------------------------------------------
+# ---- Training -------------------------------------------------------------------------------------------------------
 
 
 def sample_noise(  # twin
@@ -847,20 +837,13 @@ def make_optimizer(model: PersonalizedModel, scale: float, args: argparse.Namesp
     return torch.optim.AdamW(groups, **options, fused=True)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Checkpoints
-# ---------------------------------------------------------------------------------------------------------------------
+# ---- Checkpoints ----------------------------------------------------------------------------------------------------
 
 
 def list_checkpoints(output_dir: Path) -> list[Path]:  # twin
-    """Whole checkpoints, oldest first: those whose files have the sizes that `state.json` says."""
-    found = {}
-    for path in output_dir.glob("checkpoint-*"):
-        with contextlib.suppress(OSError, ValueError, KeyError):
-            state = json.loads((path / "state.json").read_text())
-            if all((path / name).stat().st_size == size for name, size in state["sizes"].items()):
-                found[path] = state["step"]
-    return sorted(found, key=found.get)
+    """Oldest first. `state.json` is written last and deleted first: a folder with it is whole."""
+    found = output_dir.glob("checkpoint-*/state.json")
+    return [file.parent for file in sorted(found, key=lambda file: json.loads(file.read_text())["step"])]
 
 
 def find_checkpoint(args: argparse.Namespace) -> Path | None:  # twin
@@ -868,13 +851,10 @@ def find_checkpoint(args: argparse.Namespace) -> Path | None:  # twin
     if args.resume_from_checkpoint is None:
         return None
     if args.resume_from_checkpoint != "latest":
-        checkpoint = Path(args.resume_from_checkpoint)
-        if checkpoint not in list_checkpoints(checkpoint.parent):
-            fail(f"--resume_from_checkpoint {checkpoint}: no whole checkpoint; try `latest`")
-        return checkpoint
+        if not Path(args.resume_from_checkpoint, "state.json").is_file():
+            fail(f"--resume_from_checkpoint {args.resume_from_checkpoint}: no whole checkpoint; try `latest`")
+        return Path(args.resume_from_checkpoint)
     checkpoints = list_checkpoints(Path(args.output_dir))
-    for broken in sorted(set(Path(args.output_dir).glob("checkpoint-*")) - set(checkpoints)):
-        logger.info(f"{broken} is not a whole checkpoint and is passed over.")
     if not checkpoints:
         logger.info(f"No checkpoint in {args.output_dir} yet: training starts from scratch.")
     return checkpoints[-1] if checkpoints else None
@@ -916,11 +896,12 @@ def save_checkpoint(step: int, run: dict, args: argparse.Namespace, accelerator:
         raise OSError(f"--output_dir {args.output_dir}: {folder.name} can't be written ({error})") from error
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:
-        sizes = {str(p.relative_to(aside)): p.stat().st_size for p in aside.rglob("*") if p.is_file()}
-        (aside / "state.json").write_text(json.dumps({"step": step, "sizes": sizes, "run": run}, indent=2))
+        (aside / "state.json").write_text(json.dumps({"step": step, "run": run}, indent=2))
+        (folder / "state.json").unlink(missing_ok=True)
         shutil.rmtree(folder, ignore_errors=True)
         os.replace(aside, folder)
         for old in list_checkpoints(Path(args.output_dir))[: -args.checkpoints_total_limit]:
+            (old / "state.json").unlink()  # first: a kill may leave the rest
             shutil.rmtree(old)
     accelerator.wait_for_everyone()
     return folder
@@ -998,9 +979,7 @@ def plot_curves(history: list[dict], path: Path) -> None:
     save_aside(path, lambda path: figure.savefig(path, dpi=100))
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Validation
-# ---------------------------------------------------------------------------------------------------------------------
+# ---- Validation -----------------------------------------------------------------------------------------------------
 
 
 @torch.no_grad()
@@ -1090,9 +1069,7 @@ def log_validation(
     return after[n:]
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Results
-# ---------------------------------------------------------------------------------------------------------------------
+# ---- Results --------------------------------------------------------------------------------------------------------
 
 
 def save_weights(model, args: argparse.Namespace) -> None:
@@ -1208,9 +1185,7 @@ def save_results(model, history: list[dict], photos: list[Photo], rejected, befo
     print(*filter(None, (report, usage)), sep="\n\n")
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Main
-# ---------------------------------------------------------------------------------------------------------------------
+# ---- Main -----------------------------------------------------------------------------------------------------------
 
 
 def prepare_run(args: argparse.Namespace) -> Accelerator:

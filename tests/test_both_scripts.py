@@ -31,7 +31,7 @@ def test_the_banners_are_the_same_in_the_same_order():
     wanted = "Arguments Models Data Encoding Training Checkpoints Validation Results Main".split()
     for name in SCRIPTS:
         source = (REPO / f"{name}.py").read_text()
-        assert re.findall(r"^# -{100,}\n# (.+)\n# -{100,}$", source, re.M) == wanted
+        assert re.findall(r"^# ---- (\w+) -{90,}$", source, re.M) == wanted
 
 
 def depth(node: ast.AST) -> int:

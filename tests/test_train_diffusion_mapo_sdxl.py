@@ -824,20 +824,35 @@ def test_the_images_before_are_the_base_models(train):
     assert all((a != b).any() for a, b in itertools.combinations([before[0], *after], 2))
 
 
-def test_half_written_and_truncated_checkpoints_are_passed_over(train, caplog):
-    import train_diffusion_mapo_sdxl as script
+@pytest.mark.parametrize("moment", ["weights", "renamed", "deleted"])
+def test_a_kill_amid_a_checkpoint_leaves_none_that_counts(moment, train, tmp_path, monkeypatch):
+    import shutil
 
-    out = train("--checkpointing_steps=1", "--checkpoints_total_limit=3", "--skip_final_inference")
-    assert sorted(path.name for path in out.glob("checkpoint-*")) == [f"checkpoint-{i}" for i in (2, 3, 4)]
-    (out / "checkpoint-9").mkdir()
-    (out / "checkpoint-9" / "model.safetensors").write_bytes(b"half")
-    args = script.parse_args([f"--output_dir={out}", "--resume_from_checkpoint=latest"])
-    assert script.find_checkpoint(args).name == "checkpoint-4"
-    weights = out / "checkpoint-4" / "model.safetensors"
-    weights.write_bytes(weights.read_bytes()[:-1000])
-    with caplog.at_level("INFO", logger="train_diffusion_mapo_sdxl"):
-        assert script.find_checkpoint(args).name == "checkpoint-3"
-    assert "checkpoint-4 is not a whole checkpoint" in caplog.text
+    import train_diffusion_mapo_sdxl as script
+    from accelerate import Accelerator
+
+    def die(*inputs):
+        """As a kill would, when checkpoint-3 is being written or checkpoint-1, the oldest, deleted."""
+        if any("checkpoint-3" in str(name) for name in inputs) or moment == "deleted":
+            if moment == "deleted":
+                (inputs[0] / "model.safetensors").unlink()
+            raise KeyboardInterrupt
+        return plain(*inputs)
+
+    owner, name = {"weights": (Accelerator, "save_state"), "renamed": (os, "replace"), "deleted": (shutil, "rmtree")}[
+        moment
+    ]
+    plain = getattr(owner, name)
+    flags = ["--checkpointing_steps=1", "--checkpoints_total_limit=2", "--skip_final_inference"]
+    train(*flags, "--max_train_steps=2")
+    monkeypatch.setattr(owner, name, lambda *a, **kw: die(*a) if not kw else plain(*a, **kw))
+    with pytest.raises(SystemExit, match="interrupted"):
+        train(*flags, "--max_train_steps=4", "--resume_from_checkpoint=latest")
+    monkeypatch.undo()
+    whole = script.list_checkpoints(tmp_path / "out")
+    assert [path.name for path in whole] == ["checkpoint-" + i for i in ("23" if moment == "deleted" else "12")]
+    args = script.parse_args([f"--output_dir={tmp_path / 'out'}", "--resume_from_checkpoint=latest"])
+    assert script.find_checkpoint(args) == whole[-1]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
