@@ -454,7 +454,7 @@ OTHER = [
     ("--optimizer=adafactor", "--optimizer adafactor: checkpoint-12 was trained with adamw"),
     ("--max_train_samples=4", "--max_train_samples 4: checkpoint-12 was trained with None"),
     ("--max_train_steps=8", "--max_train_steps 8: checkpoint-12 is beyond it"),
-    ("--dataset_name", "pairs "),
+    ("--dataset_name", "its pairs aren't those that checkpoint-12 was trained with"),
 ]
 
 
