@@ -38,12 +38,10 @@ For a caption c, its chosen image w and its rejected image l, under one noise an
     loss = mse_w - 1/beta * logsigmoid(T * (phi_beta(s * mse_w) - phi_beta(s * mse_l)))        (eq. 5-7; mapo_loss.py)
 
 The code stands in the order in which it runs: Arguments, Models, Data, Encoding, Training (`training_step`),
-Checkpoints, Validation, Results, Main. The data pass once: rows whose label decides -> images, each resized and
-cropped from its own original -> latents, and captions -> embeddings, kept on disk -> batches of winners and losers ->
-one UNet pass over both -> loss. Only pairs that the run trains on are encoded. All that is random about a pair comes
-from the seed and its position in the run, so the result doesn't depend on the number of processes or on gradient
-accumulation, and a resumed run ends where an unbroken one would. What is marked `# twin` is the same in
-train_dreambooth_lora_mapo_sdxl.py.
+Checkpoints, Validation, Results, Main. The pairs that the run trains on are encoded once, into a cache on disk; a step
+is one UNet pass over winners and losers. All that is random about a pair comes from the seed and its position in the
+run: the result doesn't depend on the number of processes or on gradient accumulation, and a resumed run ends where an
+unbroken one would. What is marked `# twin` is the same in train_dreambooth_lora_mapo_sdxl.py.
 
 Departures from the authors' code:
 1. The loss is the paper's, not that of the code of 2024, whose `--beta_mapo 0.1` multiplies the margin (mapo_loss.py).
@@ -125,8 +123,6 @@ NEEDS = {  # flags that do nothing without another
 
 
 # ---- Arguments ------------------------------------------------------------------------------------------------------
-
-
 def number(kind: type, interval: str, text: str) -> int | float:  # twin
     """With `partial`, an argparse type: an int or a float within an interval such as "[0, 1)"."""
     try:
@@ -156,7 +152,6 @@ def parse_args(input_args: list[str] | None = None) -> argparse.Namespace:
     add("--pretrained_vae_model_name_or_path", help="Another VAE, on the hub or a local folder.")
     add("--revision", help="Revision of the model on the hub.")
     add("--variant", help="Variant of the model's files, such as fp16.")
-
     # Data
     add("--dataset_name", help="Preference pairs on the hub, or a local folder or file that `datasets` reads.")
     add("--dataset_config_name", help="Configuration of the data set.")
@@ -179,13 +174,11 @@ def parse_args(input_args: list[str] | None = None) -> argparse.Namespace:
     add("--proportion_empty_prompts", type=fraction, default=0.0, help="Fraction of captions left out in training.")
     add("--cache_dir", help="Folder for downloads and for encoded images and captions.")
     add("--dataloader_num_workers", type=whole, default=0, help="Processes that load the batches.")
-
     # Method
     add("--beta_mapo", type=positive, default=8.0, help="beta of eq. 5-7: 8 for general preference, larger is safer.")
     add("--snr_value", type=positive, default=0.5, help="s of Appendix A, which scales the errors in the score.")
     add("--safeguard", type=safeguard, default="off", help="In [0, 1): damp the loser's gradient, see mapo_loss.py.")
     add("--noise_offset", type=not_negative, default=0.0, help="Scale of noise that a channel shares.")
-
     # LoRA
     add("--use_lora", action="store_true", help="Train a LoRA instead of all weights.")
     add("--rank", type=count, default=32, help="Rank of the LoRA.")
@@ -194,7 +187,6 @@ def parse_args(input_args: list[str] | None = None) -> argparse.Namespace:
     add("--lora_layers", default="to_k,to_q,to_v,to_out.0", help="Its layers; kohya's file has no conv_in, conv_out.")
     add("--use_dora", action="store_true", help="Weight-decomposed LoRA.")
     add("--output_kohya_format", action="store_true", help="Write the LoRA a second time, for ComfyUI and A1111.")
-
     # Optimization
     add("--train_batch_size", type=count, default=4, help="Pairs per process and forward pass.")
     add("--gradient_accumulation_steps", type=count, default=1, help="Forward passes before each update.")
@@ -218,7 +210,6 @@ def parse_args(input_args: list[str] | None = None) -> argparse.Namespace:
     add("--ema_decay", type=fraction, default=0.9999, help="Decay of the running mean at its end.")
     add("--offload_ema", action="store_true", help="Keep the running mean in the CPU's memory between updates.")
     add("--seed", type=partial(number, int, "[0, 4294967295]"), default=0, help="Seed of everything random.")
-
     # Speed and memory
     add("--mixed_precision", choices=["no", "fp16", "bf16"], help="Default: that of accelerate's configuration.")
     add("--gradient_checkpointing", action="store_true", help="Less memory for a third more compute.")
@@ -226,7 +217,6 @@ def parse_args(input_args: list[str] | None = None) -> argparse.Namespace:
     add("--activation_memory_budget", type=fraction, help="Fraction of the activations to keep with --compile.")
     add("--allow_tf32", action="store_true", help="TF32 matrix products on Ampere and later.")
     add("--enable_xformers_memory_efficient_attention", action="store_true", help="xformers' attention, not torch's.")
-
     # Checkpoints and validation
     add("--output_dir", default="diffusion-mapo-sdxl", help="Folder of results and checkpoints.")
     add("--checkpointing_steps", type=count, default=500, help="Updates between checkpoints.")
@@ -240,7 +230,6 @@ def parse_args(input_args: list[str] | None = None) -> argparse.Namespace:
     add("--validation_guidance_scale", type=not_negative, default=5.0, help="Guidance scale of these images.")
     add("--validation_num_inference_steps", type=count, default=25, help="Denoising steps of these images.")
     add("--skip_final_inference", action="store_true", help="Generate no images after training.")
-
     # Output
     add("--save_dtype", choices=["fp32", "fp16", "bf16"], help="Precision of the saved pipeline. Default: as trained.")
     add("--logging_dir", default="logs", help="Folder of the tracker's files, in --output_dir.")
@@ -273,8 +262,7 @@ def parse_args(input_args: list[str] | None = None) -> argparse.Namespace:
 
 
 def check_args(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
-    """Ends the run with one line where arguments don't go together, or where it would overwrite what it reads or what
-    an earlier run has left."""
+    """Ends the run with one line where arguments don't go together, or results would overwrite something."""
     for needed, names in NEEDS.items():
         for name in names:
             if name in args.changed and not getattr(args, needed):
@@ -310,7 +298,6 @@ def check_args(parser: argparse.ArgumentParser, args: argparse.Namespace) -> Non
 
 
 # ---- Models ---------------------------------------------------------------------------------------------------------
-
 
 HALF_DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16}
 SHARDED = ("FSDP", "DEEPSPEED")  # where no process holds the whole state
@@ -394,7 +381,6 @@ def load_pipeline(args: argparse.Namespace, weight_dtype: torch.dtype):
 
 # ---- Data -----------------------------------------------------------------------------------------------------------
 
-
 # Columns of published data sets: caption, images 0 and 1, labels 0 and 1. Without labels, image 0 is the chosen one;
 # with one label, it is the preference for image 0, from 0 to 1.
 LAYOUTS = (
@@ -423,8 +409,6 @@ def find_columns(args: argparse.Namespace, names: list[str]) -> tuple:
             "folder of images has w/NAME.png, l/NAME.png, NAME.txt"
         )
     columns = (args.caption_column or layouts[0][0], *layouts[0][1:])
-    if columns[1] == columns[2]:
-        fail(f"{where}column {columns[1]} is named as both images")
     if missing := [name for name in columns if name is not None and name not in names]:
         fail(f"{where}no column {missing[0]} among {', '.join(names)}")
     return columns
@@ -467,8 +451,7 @@ class PreferencePairs:
                 found.append((read or decode_image)(read_file(record[side], self.image_root)))
             except Exception as error:  # PIL's decoders raise errors of any kind
                 row = f"row {self.rows[i]}" if self.chunk is None else f"the row of caption {self.captions[i][:60]!r}"
-                cause = str(error).split(" <_io")[0]
-                raise ValueError(f"{row}: {side} is no readable image ({cause})") from error
+                raise ValueError(f"{row}: {side} is no readable image ({str(error).split(' <_io')[0]})") from error
         return found
 
 
@@ -479,9 +462,8 @@ def read_labels(dataset, column: str) -> np.ndarray:
 
 
 def load_dataset(args: argparse.Namespace, split: str) -> tuple:
-    """A table or stream of rows from the hub, from a local file or folder (parquet, arrow, JSON lines, CSV, webdataset
-    tars, `save_to_disk`), or from images in `w/` and `l/` with their captions in NAME.txt. And a fingerprint that
-    changes with the rows, or None where rows only have paths of images."""
+    """A table or stream of rows from the hub or from a local file or folder, and a fingerprint that changes with the
+    rows; None where rows only have paths of images."""
     name, path = args.dataset_name, Path(args.dataset_name)
     datasets.logging.set_verbosity(logging.CRITICAL)  # what it logs as an error is raised too
     if path.exists():
@@ -603,8 +585,6 @@ def prepare_image(
 
 
 # ---- Encoding -------------------------------------------------------------------------------------------------------
-
-
 def hash_of(*parts) -> str:  # twin
     """Hash of modules (by their weights), bytes, and whatever has a `repr`."""
     digest = hashlib.sha256()
@@ -654,9 +634,8 @@ class Pair(NamedTuple):
 
 
 def encode_pairs(source: Source, count: int, vae, folder: Path, args, accelerator: Accelerator) -> list[Pair]:
-    """The first `count` pairs of the source, without those whose images can't be read. Each image is decoded and
-    encoded once, here: `latents`, Shape: (F, C, h, w), fp16, and `time_ids`, (F, 6), fp32; F is 2 with --random_flip,
-    the second one mirrored, else 1. Every process does its part."""
+    """The first `count` pairs of the source, without those whose images can't be read. Each image is encoded once, by
+    one process: `latents`, Shape: (F, C, h, w), fp16, and `time_ids`, (F, 6), fp32; F is 2 with a mirrored view."""
     count, main = min(count, source.length or count), accelerator.is_main_process
     index = None
     if source.fingerprint is not None:  # what a run like this one found; one process looks, as it may come just now
@@ -797,8 +776,7 @@ def encode_data(source: Source, held_out: Source | None, pipeline, args, acceler
     pipeline.text_encoder = pipeline.text_encoder_2 = None
     rows = [load_file(entry_path(captions, hash_of(prompt))) for prompt in [*prompts, ""]]
     embeddings = {name: torch.stack([row[name].float() for row in rows]) for name in rows[0]}
-    fractions = (0.5 * args.random_flip, args.proportion_empty_prompts)
-    train = EncodedPairs(pairs, images, captions, args.seed, *fractions)
+    train = EncodedPairs(pairs, images, captions, args.seed, 0.5 * args.random_flip, args.proportion_empty_prompts)
     measured = EncodedPairs(held_out_pairs, images, captions, args.seed, 0, 0) if held_out_pairs else None
     return Data(train, measured, prompts, embeddings, pipeline, images_before=[])
 
@@ -808,8 +786,7 @@ def pairs_per_step(args: argparse.Namespace, accelerator: Accelerator) -> int:
 
 
 def make_batches(dataset, first_step: int, args: argparse.Namespace, accelerator: Accelerator):
-    """This process's batches from update `first_step` on, as `training_step` takes them. The positions of one update
-    are the same set, however they are split over processes and accumulation."""
+    """This process's batches from update `first_step` on. How an update is split doesn't change its positions."""
     size, accumulation = args.train_batch_size, args.gradient_accumulation_steps
     micro_steps = range(first_step * accumulation, args.max_train_steps * accumulation)
     firsts = ((step * accelerator.num_processes + accelerator.process_index) * size for step in micro_steps)
@@ -822,8 +799,6 @@ def make_batches(dataset, first_step: int, args: argparse.Namespace, accelerator
 
 
 # ---- Training -------------------------------------------------------------------------------------------------------
-
-
 def sample_noise(  # twin
     positions: torch.Tensor, shape: torch.Size, num_timesteps: int, offset: float, seed: int, device: torch.device
 ) -> tuple[torch.Tensor, torch.Tensor]:
@@ -855,11 +830,8 @@ def training_step(unet, batch: dict, noise_scheduler, args: argparse.Namespace, 
     }
     noisy_latents = noise_scheduler.add_noise(latents, noise, timesteps)
     model_pred = unet(noisy_latents, timesteps, prompt_embeds, added_cond_kwargs=added_cond_kwargs).sample
-    if noise_scheduler.config.prediction_type == "epsilon":
-        target = noise
-    else:
-        target = noise_scheduler.get_velocity(latents, noise, timesteps)
-
+    epsilon = noise_scheduler.config.prediction_type == "epsilon"
+    target = noise if epsilon else noise_scheduler.get_velocity(latents, noise, timesteps)
     result = mapo_loss(model_pred, target, args.beta_mapo, args.snr_value, num_timesteps, args.safeguard)
     return result.loss, {name: value.detach().float() for name, value in result._asdict().items()}
 
@@ -867,20 +839,15 @@ def training_step(unet, batch: dict, noise_scheduler, args: argparse.Namespace, 
 def make_optimizer(parameters: list, learning_rate: float, args: argparse.Namespace) -> torch.optim.Optimizer:
     decay = {"lr": learning_rate, "weight_decay": args.adam_weight_decay}
     options = decay | {"betas": (args.adam_beta1, args.adam_beta2), "eps": args.adam_epsilon}
+    package = importlib.import_module(PACKAGES.get(args.optimizer, "torch").removeprefix("torch-"))
     if args.optimizer == "adamw_8bit":
-        import bitsandbytes
-
-        return bitsandbytes.optim.AdamW8bit(parameters, **options)
+        return package.optim.AdamW8bit(parameters, **options)
+    if args.optimizer == "adamw_bf16":
+        return package.AdamW(parameters, **options, kahan_sum=True)
+    if args.optimizer == "prodigy":
+        return package.Prodigy(parameters, **options, safeguard_warmup=True, use_bias_correction=True)
     if args.optimizer == "adafactor":
         return transformers.Adafactor(parameters, **decay, scale_parameter=False, relative_step=False)
-    if args.optimizer == "prodigy":
-        from prodigyopt import Prodigy
-
-        return Prodigy(parameters, **options, safeguard_warmup=True, use_bias_correction=True)
-    if args.optimizer == "adamw_bf16":
-        import optimi
-
-        return optimi.AdamW(parameters, **options, kahan_sum=True)
     return torch.optim.AdamW(parameters, **options, fused=True)
 
 
@@ -899,14 +866,9 @@ def prepare_training(model, checkpoint: Path | None, args: argparse.Namespace, a
     """As the checkpoint has it, where there is one."""
     learning_rate = args.learning_rate * (pairs_per_step(args, accelerator) if args.scale_lr else 1)
     optimizer = make_optimizer([p for p in model.parameters() if p.requires_grad], learning_rate, args)
-    lr_scheduler = diffusers.optimization.get_scheduler(
-        args.lr_scheduler,
-        optimizer,
-        num_warmup_steps=args.lr_warmup_steps,
-        num_training_steps=args.max_train_steps,
-        num_cycles=args.lr_num_cycles,
-        power=args.lr_power,
-    )
+    schedule = {"num_warmup_steps": args.lr_warmup_steps, "num_training_steps": args.max_train_steps}
+    schedule |= {"num_cycles": args.lr_num_cycles, "power": args.lr_power}
+    lr_scheduler = diffusers.optimization.get_scheduler(args.lr_scheduler, optimizer, **schedule)
     kind, half = accelerator.distributed_type, HALF_DTYPES.get(accelerator.mixed_precision)
     if kind in SHARDED and half is not None:  # the weights stay in fp32: autocast, as without sharding
         model.forward = torch.autocast(accelerator.device.type, half, cache_enabled=False)(model.forward)
@@ -928,19 +890,16 @@ def prepare_training(model, checkpoint: Path | None, args: argparse.Namespace, a
         accelerator.register_for_checkpointing(torch.nn.ParameterList(parameters))
     if args.use_ema:
         ema = diffusers.EMAModel(parameters, decay=args.ema_decay, use_ema_warmup=True, power=0.75)
+        ema.to("cpu" if args.offload_ema else accelerator.device)
         accelerator.register_for_checkpointing(ema)
     if checkpoint is not None:
         accelerator.load_state(str(checkpoint))
         accelerator.step = 0  # of micro-batches: a checkpoint is of a step's end, and accumulation may have changed
         logger.info(f"Resumed from {checkpoint}.")
-    if ema is not None:
-        ema.to("cpu" if args.offload_ema else accelerator.device)
     return Training(unet, model, parameters, optimizer, lr_scheduler, ema)
 
 
 # ---- Checkpoints ----------------------------------------------------------------------------------------------------
-
-
 def list_checkpoints(output_dir: Path) -> list[Path]:  # twin
     """Oldest first. `state.json` is written last and deleted first: a folder with it is whole."""
     found = output_dir.glob("checkpoint-*/state.json")
@@ -1005,8 +964,7 @@ def save_checkpoint(step: int, run: dict, history: list[dict], args, accelerator
 
 
 class MetricsLog:
-    """Writes what is measured to metrics.jsonl, the trackers and the progress bar. `history` has one record per step,
-    those before a resumption too, and one per validation."""
+    """metrics.jsonl, trackers and progress bar. `history` has all records, those before a resumption too."""
 
     def __init__(self, state: dict, args: argparse.Namespace, accelerator: Accelerator) -> None:
         self.args, self.accelerator, self.path = args, accelerator, Path(args.output_dir) / "metrics.jsonl"
@@ -1072,8 +1030,6 @@ def plot_curves(history: list[dict], path: Path) -> None:
 
 
 # ---- Validation -----------------------------------------------------------------------------------------------------
-
-
 @contextlib.contextmanager
 def averaged(training: Training):
     """The UNet with the EMA's weights, where there is an EMA."""
@@ -1088,8 +1044,8 @@ def averaged(training: Training):
 @torch.no_grad()
 @torch.compiler.set_stance("force_eager")  # not worth compiling for
 def measure_held_out(step: int, training: Training, dataset, noise_scheduler, log: MetricsLog, args, accelerator):
-    """Logs means over the held-out pairs, whose noise and timesteps are the same each time. Every process takes all
-    pairs: a sharded model can be called by all of them together only. Warns once where the winners' error rises."""
+    """Logs means over the held-out pairs, whose noise and timesteps are the same each time; warns once where the
+    winners' error rises. Every process takes all pairs: all of them together must call a sharded model."""
     measured, positions = [], range(len(dataset.pairs))
     training.model.eval()
     with averaged(training):
@@ -1116,25 +1072,18 @@ def generate_images(model, pipeline, embeddings: dict, args, accelerator: Accele
     device, count = accelerator.device, len(embeddings["prompt_embeds"]) - 1  # the last row is the empty prompt
     pipeline.unet = model.eval()
     pipeline.vae.to(device)
-    embeddings = {name: value.to(device) for name, value in embeddings.items()}
     # As many calls in every process: a sharded model can be called by all of them together only.
     rows, size = -(-count // accelerator.num_processes), args.train_batch_size
     mine = (np.arange(rows) * accelerator.num_processes + accelerator.process_index) % count
+    options = {"height": args.resolution, "width": args.resolution, "guidance_scale": args.validation_guidance_scale}
+    options |= {"num_inference_steps": args.validation_num_inference_steps, "output_type": "latent"}
     images = []
     for chunk in np.split(mine, range(size, rows, size)):
-        positive = {name: value[chunk] for name, value in embeddings.items()}
-        negative = {f"negative_{name}": value[-1:].expand_as(positive[name]) for name, value in embeddings.items()}
+        positive = {name: value[chunk].to(device) for name, value in embeddings.items()}
+        negative = {f"negative_{name}": value[[-1] * len(chunk)].to(device) for name, value in embeddings.items()}
+        generator = [torch.Generator("cpu").manual_seed(int(i)) for i in chunk]
         with accelerator.autocast(), torch.compiler.set_stance("force_eager"):  # not worth compiling for
-            latents = pipeline(
-                **positive,
-                **negative,
-                height=args.resolution,
-                width=args.resolution,
-                num_inference_steps=args.validation_num_inference_steps,
-                guidance_scale=args.validation_guidance_scale,
-                generator=[torch.Generator("cpu").manual_seed(int(i)) for i in chunk],
-                output_type="latent",
-            ).images
+            latents = pipeline(**positive, **negative, **options, generator=generator).images
         latents = latents.float() / pipeline.vae.config.scaling_factor + (pipeline.vae.config.shift_factor or 0)
         decoded = torch.cat([pipeline.vae.decode(latent[None]).sample for latent in latents])
         images += zip(chunk.tolist(), pipeline.image_processor.postprocess(decoded))
@@ -1164,9 +1113,8 @@ def make_grid(prompts: list[str], before: list[Image.Image], after: list[Image.I
 
 
 def show_images(step: int, training: Training, data: Data, args, accelerator: Accelerator) -> None:
-    """A grid of the prompts' images before training and now, in the output folder and the trackers. Those before are
-    generated when first shown, by a UNet loaded anew or without the LoRA: as no gradients are held then, memory has no
-    new peak."""
+    """A grid of the prompts' images before training and now, in the output folder and the trackers. The former are
+    generated when first shown, without the LoRA or by a UNet loaded anew: no gradients are in memory then."""
     sampling = (data.pipeline, data.prompt_embeddings, args, accelerator)
     with averaged(training):
         after = generate_images(training.model, *sampling)
@@ -1191,13 +1139,11 @@ def show_images(step: int, training: Training, data: Data, args, accelerator: Ac
 
 
 # ---- Results --------------------------------------------------------------------------------------------------------
-
-
 def save_weights(training: Training, args: argparse.Namespace, accelerator: Accelerator) -> None:
     """The LoRA, or the whole pipeline, in diffusers' format. Called by every process: a sharded model is gathered."""
     model, output_dir = training.model, Path(args.output_dir)
-    state = accelerator.get_state_dict(training.unet)
-    state = {name.replace("_orig_mod.", ""): tensor for name, tensor in state.items()}
+    state = accelerator.get_state_dict(training.unet).items()  # compiled blocks have another name
+    state = {name.replace("_orig_mod.", ""): tensor for name, tensor in state}
     if not accelerator.is_main_process:
         return
     if args.use_lora:
@@ -1273,8 +1219,6 @@ What differs from the script's defaults: {json.dumps(settings, indent=2)}
 
 
 # ---- Main -----------------------------------------------------------------------------------------------------------
-
-
 def prepare_run(args: argparse.Namespace) -> Accelerator:
     """The accelerator, writable folders, and a quiet console: from libraries only errors, and bars of downloads."""
     accelerator = Accelerator(

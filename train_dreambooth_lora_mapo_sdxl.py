@@ -116,8 +116,6 @@ PACKAGES |= {tracker: tracker for tracker in ("tensorboard", "wandb", "trackio")
 
 
 # ---- Arguments ------------------------------------------------------------------------------------------------------
-
-
 def number(kind: type, interval: str, text: str) -> int | float:  # twin
     """With `partial`, an argparse type: an int or a float within an interval such as "[0, 1)"."""
     try:
@@ -333,7 +331,6 @@ def blame(flag: str, value: str):  # twin
 
 # ---- Models ---------------------------------------------------------------------------------------------------------
 
-
 # What --mixed_precision computes in; without it, fp32.
 HALF_DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16}
 
@@ -485,7 +482,6 @@ class TokenEmbedding(torch.nn.Module):
 
 
 # ---- Data -----------------------------------------------------------------------------------------------------------
-
 
 IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff"}
 
@@ -673,8 +669,6 @@ def generate_rejected(step: int, photos: list[Photo], model, args, accelerator: 
 
 
 # ---- Encoding -------------------------------------------------------------------------------------------------------
-
-
 def hash_of(*parts) -> str:  # twin
     """Hash of modules (by their weights), bytes, and whatever has a `repr`."""
     digest = hashlib.sha256()
@@ -747,8 +741,6 @@ class PhotoSet(torch.nn.Module):
 
 
 # ---- Training -------------------------------------------------------------------------------------------------------
-
-
 def sample_noise(  # twin
     positions: torch.Tensor, shape: torch.Size, num_timesteps: int, offset: float, seed: int, device: torch.device
 ) -> tuple[torch.Tensor, torch.Tensor]:
@@ -847,8 +839,6 @@ def make_optimizer(model: PersonalizedModel, scale: float, args: argparse.Namesp
 
 
 # ---- Checkpoints ----------------------------------------------------------------------------------------------------
-
-
 def list_checkpoints(output_dir: Path) -> list[Path]:  # twin
     """Oldest first. `state.json` is written last and deleted first: a folder with it is whole."""
     found = output_dir.glob("checkpoint-*/state.json")
@@ -971,8 +961,6 @@ def plot_curves(history: list[dict], path: Path) -> None:
 
 
 # ---- Validation -----------------------------------------------------------------------------------------------------
-
-
 @torch.no_grad()
 def generate_images(model, prompts: list[str], seeds: list[int], args, accelerator: Accelerator) -> list[Image.Image]:
     """One image per prompt and seed, by the model as it is now; split over processes."""
@@ -1061,8 +1049,6 @@ def log_validation(
 
 
 # ---- Results --------------------------------------------------------------------------------------------------------
-
-
 def save_weights(model, args: argparse.Namespace) -> None:
     """LoRA and rows of tokens, in the files that diffusers' loaders read."""
     output_dir, layers = Path(args.output_dir), {}
@@ -1173,8 +1159,6 @@ def save_results(model, history: list[dict], photos: list[Photo], rejected, befo
 
 
 # ---- Main -----------------------------------------------------------------------------------------------------------
-
-
 def prepare_run(args: argparse.Namespace) -> Accelerator:
     """The accelerator, writable folders, and a quiet console: from libraries only errors, and bars of downloads."""
     accelerator = Accelerator(
