@@ -396,7 +396,6 @@ READERS = {f".{name}": name for name in ("parquet", "arrow", "csv", "json")} | {
 
 def find_columns(args: argparse.Namespace, names: list[str]) -> tuple:
     """Caption, images 0 and 1, labels 0 and 1 (or None): the columns that flags name, else those of a layout."""
-    where = f"--dataset_name {args.dataset_name}: "
     images = (args.chosen_column or args.image_0_column, args.rejected_column or args.image_1_column)
     caption = next((c for c in ("caption", "prompt", "text") if c in names), "caption")
     layouts = [layout for layout in LAYOUTS if {name for name in layout if name} <= set(names)]
@@ -404,13 +403,13 @@ def find_columns(args: argparse.Namespace, names: list[str]) -> tuple:
         layouts = [(caption, *images, args.label_0_column, args.label_1_column)]
     if not layouts:
         fail(
-            f"{where}its columns ({', '.join(names)}) are those of no known data set: name --caption_column and "
-            "either --chosen_column, --rejected_column or --image_0_column, --image_1_column, --label_0_column; a "
-            "folder of images has w/NAME.png, l/NAME.png, NAME.txt"
+            f"--dataset_name {args.dataset_name}: its columns ({', '.join(names)}) are those of no known data set: "
+            "name --caption_column and either --chosen_column, --rejected_column or --image_0_column, "
+            "--image_1_column, --label_0_column; a folder of images has w/NAME.png, l/NAME.png, NAME.txt"
         )
     columns = (args.caption_column or layouts[0][0], *layouts[0][1:])
     if missing := [name for name in columns if name is not None and name not in names]:
-        fail(f"{where}no column {missing[0]} among {', '.join(names)}")
+        fail(f"--dataset_name {args.dataset_name}: no column {missing[0]} among {', '.join(names)}")
     return columns
 
 
@@ -473,7 +472,7 @@ def load_dataset(args: argparse.Namespace, split: str) -> tuple:
         if path.is_file():
             if path.suffix not in READERS:
                 raise ValueError(f"not one of {', '.join(READERS)}")
-            # `datasets` takes one word as the name of a split; other than a+b or train[:5], it may be any.
+            # A file is the split that one word asks for, whatever the word; a+b or train[:5] look for it in "train".
             source |= {"path": READERS[path.suffix], "data_files": {split if split.isidentifier() else "train": name}}
         if (path / "w").is_dir() or (path / "l").is_dir():
             dataset, fingerprint = datasets.Dataset.from_list(list_image_folders(path)), None
@@ -564,10 +563,8 @@ def decode_image(file: bytes | str | Path | Image.Image) -> Image.Image:  # twin
     return image.convert("RGB")
 
 
-def prepare_image(
-    image: Image.Image, resolution: int, crop: np.ndarray = np.full(2, 0.5), flip: bool = False
-) -> tuple[torch.Tensor, list[int]]:
-    """Resizes the shorter side to `resolution`, crops at a fraction of the room there is (0.5: the centre), mirrors.
+def prepare_image(image: Image.Image, resolution: int, crop=(0.5, 0.5), flip: bool = False) -> tuple:
+    """Resizes the shorter side to `resolution`, crops at fractions of the room there is (0.5: the centre), mirrors.
     Returns the pixels, uint8, Shape: (3, R, R), and SDXL's micro-conditioning: original size, crop, target size."""
     width, height = image.size
     scale = resolution / min(width, height)
@@ -636,11 +633,11 @@ class Pair(NamedTuple):
 def encode_pairs(source: Source, count: int, vae, folder: Path, args, accelerator: Accelerator) -> list[Pair]:
     """The first `count` pairs of the source, without those whose images can't be read. Each image is encoded once, by
     one process: `latents`, Shape: (F, C, h, w), fp16, and `time_ids`, (F, 6), fp32; F is 2 with a mirrored view."""
-    count, main = min(count, source.length or count), accelerator.is_main_process
+    count, is_main = min(count, source.length or count), accelerator.is_main_process
     index = None
     if source.fingerprint is not None:  # what a run like this one found; one process looks, as it may come just now
         index = folder / f"index-{hash_of(source.fingerprint, count)}.json"
-        (known,) = broadcast_object_list([json.loads(index.read_text()) if main and index.exists() else None])
+        (known,) = broadcast_object_list([json.loads(index.read_text()) if is_main and index.exists() else None])
         if known is not None:
             return [Pair(*pair) for pair in known]
     flips = (False, True) if args.random_flip else (False,)
@@ -651,13 +648,13 @@ def encode_pairs(source: Source, count: int, vae, folder: Path, args, accelerato
         if entry_path(folder, key).exists():
             return key, []
         random = np.random.default_rng((args.seed, 1, int(key, 16))).random(2)
-        image, crop = decode_image(file), random if args.random_crop else np.full(2, 0.5)
+        image, crop = decode_image(file), random if args.random_crop else (0.5, 0.5)
         return key, [prepare_image(image, args.resolution, crop, flip) for flip in flips]
 
     candidates, pool = enumerate(itertools.islice(source.pairs, count)), ThreadPoolExecutor()
     mine = itertools.islice(candidates, accelerator.process_index, None, accelerator.num_processes)
     found, total = [], -(-count // accelerator.num_processes)
-    for _ in tqdm(range(0, total, 32), desc="Images", unit="x 32", disable=not main):
+    for _ in tqdm(range(0, total, 32), desc="Images", unit="x 32", disable=not is_main):
         chunk = list(itertools.islice(mine, 32))
         futures = [pool.submit(table.images, i, prepare) for _, (table, i) in chunk]  # threads work ahead
         for (place, (table, i)), future in zip(chunk, futures):
@@ -681,7 +678,7 @@ def encode_pairs(source: Source, count: int, vae, folder: Path, args, accelerato
     if not pairs:
         fail(f"--dataset_name {args.dataset_name}: no row can be used ({counts})")
     logger.info(f"{len(pairs)} pairs are used; the data set has {counts}.")
-    if index is not None and main:
+    if index is not None and is_main:
         save_aside(index, lambda path: path.write_text(json.dumps(pairs)))
     return pairs
 
@@ -696,10 +693,9 @@ def encode_captions(captions: set[str], pipeline, args, accelerator: Accelerator
     folder = cached_assets_path("mapo", name, assets_dir=args.cache_dir)
     chunks = [sorted(captions)[first : first + 64] for first in range(0, len(captions), 64)]
     mine = chunks[accelerator.process_index :: accelerator.num_processes]
-    for chunk in tqdm(mine, desc="Captions", disable=not accelerator.is_main_process):
-        if all(entry_path(folder, hash_of(caption)).exists() for caption in chunk):
-            continue
-        # Whole chunks: rounding depends on their size.
+    # Whole chunks: rounding depends on their size.
+    mine = [chunk for chunk in mine if not all(entry_path(folder, hash_of(caption)).exists() for caption in chunk)]
+    for chunk in tqdm(mine, desc="Captions", disable=not (mine and accelerator.is_main_process)):
         embeds, _, pooled, _ = pipeline.encode_prompt(chunk, device=device, do_classifier_free_guidance=False)
         for caption, *embedded in zip(chunk, embeds, pooled):
             scale = 0 if zeros and caption == "" else 1
@@ -771,8 +767,8 @@ def encode_data(source: Source, held_out: Source | None, pipeline, args, acceler
     prompts = [prompt for prompt in prompts for _ in range(args.num_validation_images)]
     for encoder in (pipeline.text_encoder, pipeline.text_encoder_2):
         encoder.to(accelerator.device)
-    captions = {*prompts, "", *(pair.caption for pair in [*held_out_pairs, *pairs])}
-    captions = encode_captions(captions, pipeline, args, accelerator)
+    needed = {*prompts, "", *(pair.caption for pair in [*held_out_pairs, *pairs])}
+    captions = encode_captions(needed, pipeline, args, accelerator)
     pipeline.text_encoder = pipeline.text_encoder_2 = None
     rows = [load_file(entry_path(captions, hash_of(prompt))) for prompt in [*prompts, ""]]
     embeddings = {name: torch.stack([row[name].float() for row in rows]) for name in rows[0]}
@@ -795,6 +791,7 @@ def make_batches(dataset, first_step: int, args: argparse.Namespace, accelerator
         batch_sampler=(range(first, first + size) for first in firsts),
         num_workers=args.dataloader_num_workers,
         pin_memory=accelerator.device.type == "cuda",
+        generator=torch.Generator(),  # else it takes from the random numbers of --lora_dropout
     )
 
 
@@ -839,13 +836,13 @@ def training_step(unet, batch: dict, noise_scheduler, args: argparse.Namespace, 
 def make_optimizer(parameters: list, learning_rate: float, args: argparse.Namespace) -> torch.optim.Optimizer:
     decay = {"lr": learning_rate, "weight_decay": args.adam_weight_decay}
     options = decay | {"betas": (args.adam_beta1, args.adam_beta2), "eps": args.adam_epsilon}
-    package = importlib.import_module(PACKAGES.get(args.optimizer, "torch").removeprefix("torch-"))
     if args.optimizer == "adamw_8bit":
-        return package.optim.AdamW8bit(parameters, **options)
+        return importlib.import_module("bitsandbytes").optim.AdamW8bit(parameters, **options)
     if args.optimizer == "adamw_bf16":
-        return package.AdamW(parameters, **options, kahan_sum=True)
+        return importlib.import_module("optimi").AdamW(parameters, **options, kahan_sum=True)
     if args.optimizer == "prodigy":
-        return package.Prodigy(parameters, **options, safeguard_warmup=True, use_bias_correction=True)
+        options |= {"safeguard_warmup": True, "use_bias_correction": True}
+        return importlib.import_module("prodigyopt").Prodigy(parameters, **options)
     if args.optimizer == "adafactor":
         return transformers.Adafactor(parameters, **decay, scale_parameter=False, relative_step=False)
     return torch.optim.AdamW(parameters, **options, fused=True)
@@ -995,8 +992,7 @@ class MetricsLog:
         return stop > 0
 
     def write(self, record: dict[str, float]) -> None:
-        # JSON has no NaN and no infinity: null.
-        record = {k: v if math.isfinite(v) else None for k, v in record.items()}
+        record = {k: v if math.isfinite(v) else None for k, v in record.items()}  # JSON has no NaN and no infinity
         self.history.append(record)
         if self.accelerator.is_main_process:
             with open(self.path, "a") as file:
@@ -1157,7 +1153,6 @@ def save_weights(training: Training, args: argparse.Namespace, accelerator: Acce
             kohya = {name: torch.tensor(alpha) if name.endswith(".alpha") else t for name, t in kohya.items()}
             save_file(kohya, output_dir / "pytorch_lora_weights_kohya.safetensors")
         return
-
     with torch.device("meta"):  # its own weights would be random numbers
         whole = diffusers.UNet2DConditionModel.from_config(model.config)
     whole.load_state_dict(state, assign=True)
@@ -1233,8 +1228,7 @@ def prepare_run(args: argparse.Namespace) -> Accelerator:
         ],
     )
     diffusers.utils.check_min_version("0.42.0")
-    console = logging.StreamHandler()
-    # Above a progress bar, without accelerate's "[RANK 0] ".
+    console = logging.StreamHandler()  # above a progress bar, without accelerate's "[RANK 0] "
     console.emit = lambda record: tqdm.write(console.format(record).removeprefix("[RANK 0] "), file=sys.stderr)
     logging.basicConfig(format="%(message)s", level=logging.ERROR, handlers=[console])
     logger.setLevel(logging.INFO)
@@ -1243,8 +1237,7 @@ def prepare_run(args: argparse.Namespace) -> Accelerator:
         library.utils.logging.disable_progress_bar()
     huggingface_hub.utils.enable_progress_bars()  # which transformers switches off: downloads are to be seen
 
-    launched = int(os.environ.get("WORLD_SIZE", 1))
-    if launched != accelerator.num_processes:  # each would train alone, into the same folder
+    if (launched := int(os.environ.get("WORLD_SIZE", 1))) != accelerator.num_processes:  # each would train alone
         fail(f"{launched} processes were launched but don't find one another; on CPUs set ACCELERATE_USE_CPU=true")
     if accelerator.distributed_type == "FSDP" and args.use_ema:
         fail("--use_ema: not with FSDP; see configs/zero2.yaml")
@@ -1362,9 +1355,8 @@ def main(args: argparse.Namespace) -> None:
     first_step = state["step"]
 
     source = open_source(args, args.dataset_split_name, args.max_train_samples)
-    held_out = None
-    if args.validation_split_name and args.num_validation_pairs:
-        held_out = open_source(args, args.validation_split_name)
+    split = args.validation_split_name if args.num_validation_pairs else None
+    held_out = open_source(args, split) if split else None
     if args.max_train_steps is None:
         if source.length is None:
             fail("--num_train_epochs: a stream's length isn't known; name --max_train_steps")

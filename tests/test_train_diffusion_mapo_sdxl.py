@@ -727,6 +727,7 @@ def test_a_loaded_lora_generates_the_runs_own_after(train, monkeypatch, capsys):
 
 def test_a_lora_is_resumed_where_it_was(train):
     flags = ["--use_lora", "--rank=4", "--learning_rate=1e-2", "--checkpointing_steps=2", "--skip_final_inference"]
+    flags += ["--lora_dropout=0.1"]
     unbroken = train(*flags, output_dir="unbroken")
     out = train(*flags, output_dir="broken")
     for path in [*out.glob("pytorch*"), *out.glob("checkpoint-4/**/*")]:
