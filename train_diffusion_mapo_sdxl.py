@@ -38,12 +38,10 @@ For a caption c, its chosen image w and its rejected image l, under one noise an
     loss = mse_w - 1/beta * logsigmoid(T * (phi_beta(s * mse_w) - phi_beta(s * mse_l)))        (eq. 5-7; mapo_loss.py)
 
 The code stands in the order in which it runs: Arguments, Models, Data, Encoding, Training (`training_step`),
-Checkpoints, Validation, Results, Main. The data pass once: rows whose label decides -> images, each resized and
-cropped from its own original -> latents, and captions -> embeddings, kept on disk -> batches of winners and losers ->
-one UNet pass over both -> loss. Only pairs that the run trains on are encoded. All that is random about a pair comes
-from the seed and its position in the run, so the result doesn't depend on the number of processes or on gradient
-accumulation, and a resumed run ends where an unbroken one would. What is marked `# twin` is the same in
-train_dreambooth_lora_mapo_sdxl.py.
+Checkpoints, Validation, Results, Main. The pairs that the run trains on are encoded once, into a cache on disk; a step
+is one UNet pass over winners and losers. All that is random about a pair comes from the seed and its position in the
+run: the result doesn't depend on the number of processes or on gradient accumulation, and a resumed run ends where an
+unbroken one would. What is marked `# twin` is the same in train_dreambooth_lora_mapo_sdxl.py.
 
 Departures from the authors' code:
 1. The loss is the paper's, not that of the code of 2024, whose `--beta_mapo 0.1` multiplies the margin (mapo_loss.py).
@@ -91,12 +89,11 @@ from accelerate.utils import (
     AutocastKwargs,
     DistributedDataParallelKwargs,
     InitProcessGroupKwargs,
-    ProjectConfiguration,
     broadcast_object_list,
     gather_object,
     set_seed,
 )
-from huggingface_hub import ModelCard, ModelCardData, cached_assets_path, create_repo, upload_folder
+from huggingface_hub import ModelCardData, cached_assets_path, create_repo, upload_folder
 from mapo_loss import mapo_loss
 from peft import LoraConfig, get_peft_model_state_dict
 from PIL import Image, ImageDraw, ImageFont, ImageOps
@@ -111,13 +108,10 @@ logger = get_logger(__name__)
 
 PACKAGES = {"adamw_8bit": "bitsandbytes", "adamw_bf16": "torch-optimi", "prodigy": "prodigyopt"}
 PACKAGES |= {tracker: tracker for tracker in ("tensorboard", "wandb", "trackio")}
-STATE_BYTES = {"adamw": 8, "adamw_8bit": 2, "adamw_bf16": 6, "adafactor": 0, "prodigy": 16}  # of state per weight
+OPTIMIZERS = ("adamw", "adamw_8bit", "adamw_bf16", "adafactor", "prodigy")
 SCHEDULES = ("linear", "cosine", "cosine_with_restarts", "polynomial", "constant", "constant_with_warmup")
-NEEDS = {  # the latter do nothing without the former
+NEEDS = {  # flags that do nothing without another
     "use_lora": ("rank", "lora_alpha", "lora_dropout", "lora_layers", "use_dora", "output_kohya_format"),
-    "use_ema": ("ema_decay", "offload_ema"),
-    "compile": ("activation_memory_budget",),
-    "push_to_hub": ("hub_model_id",),
     "pretrained_model_name_or_path": ("dataset_name",),
     "dataset_name": ("pretrained_model_name_or_path",),
     "rejected_column": ("chosen_column",),
@@ -128,11 +122,7 @@ NEEDS = {  # the latter do nothing without the former
 }
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Arguments
-# ---------------------------------------------------------------------------------------------------------------------
-
-
+# ---- Arguments ------------------------------------------------------------------------------------------------------
 def number(kind: type, interval: str, text: str) -> int | float:  # twin
     """With `partial`, an argparse type: an int or a float within an interval such as "[0, 1)"."""
     try:
@@ -162,7 +152,6 @@ def parse_args(input_args: list[str] | None = None) -> argparse.Namespace:
     add("--pretrained_vae_model_name_or_path", help="Another VAE, on the hub or a local folder.")
     add("--revision", help="Revision of the model on the hub.")
     add("--variant", help="Variant of the model's files, such as fp16.")
-
     # Data
     add("--dataset_name", help="Preference pairs on the hub, or a local folder or file that `datasets` reads.")
     add("--dataset_config_name", help="Configuration of the data set.")
@@ -178,7 +167,6 @@ def parse_args(input_args: list[str] | None = None) -> argparse.Namespace:
     add("--label_1_column", help="Column of votes or scores of image 1.")
     add("--tie_policy", choices=["drop", "random"], default="drop", help="Drop ties, or let either image win.")
     add("--skip_unreadable", action="store_true", help="Leave out pairs with an image that can't be read.")
-    add("--label_noise_prob", type=fraction, default=0.0, help="Fraction of pairs to swap; the seed says which.")
     add("--max_train_samples", type=count, help="Use only the first N pairs.")
     add("--resolution", type=count, default=1024, help="Side of the training images, in pixels.")
     add("--random_crop", action="store_true", help="Crop each image at one random place, not in the centre.")
@@ -186,13 +174,11 @@ def parse_args(input_args: list[str] | None = None) -> argparse.Namespace:
     add("--proportion_empty_prompts", type=fraction, default=0.0, help="Fraction of captions left out in training.")
     add("--cache_dir", help="Folder for downloads and for encoded images and captions.")
     add("--dataloader_num_workers", type=whole, default=0, help="Processes that load the batches.")
-
     # Method
     add("--beta_mapo", type=positive, default=8.0, help="beta of eq. 5-7: 8 for general preference, larger is safer.")
     add("--snr_value", type=positive, default=0.5, help="s of Appendix A, which scales the errors in the score.")
     add("--safeguard", type=safeguard, default="off", help="In [0, 1): damp the loser's gradient, see mapo_loss.py.")
     add("--noise_offset", type=not_negative, default=0.0, help="Scale of noise that a channel shares.")
-
     # LoRA
     add("--use_lora", action="store_true", help="Train a LoRA instead of all weights.")
     add("--rank", type=count, default=32, help="Rank of the LoRA.")
@@ -201,7 +187,6 @@ def parse_args(input_args: list[str] | None = None) -> argparse.Namespace:
     add("--lora_layers", default="to_k,to_q,to_v,to_out.0", help="Its layers; kohya's file has no conv_in, conv_out.")
     add("--use_dora", action="store_true", help="Weight-decomposed LoRA.")
     add("--output_kohya_format", action="store_true", help="Write the LoRA a second time, for ComfyUI and A1111.")
-
     # Optimization
     add("--train_batch_size", type=count, default=4, help="Pairs per process and forward pass.")
     add("--gradient_accumulation_steps", type=count, default=1, help="Forward passes before each update.")
@@ -213,7 +198,7 @@ def parse_args(input_args: list[str] | None = None) -> argparse.Namespace:
     add("--lr_warmup_steps", type=whole, default=0, help="Updates in which the rate rises from 0.")
     add("--lr_num_cycles", type=count, default=1, help="Restarts of cosine_with_restarts.")
     add("--lr_power", type=positive, default=1.0, help="Power of polynomial.")
-    add("--optimizer", choices=STATE_BYTES, default="adamw", help="adamw_bf16: weights and states in bf16.")
+    add("--optimizer", choices=OPTIMIZERS, default="adamw", help="adamw_bf16: weights and states in bf16.")
     add("--use_8bit_adam", action="store_const", dest="optimizer", const="adamw_8bit", help="The same as adamw_8bit.")
     add("--adam_beta1", type=below_one, default=0.9, help="Decay of the mean of gradients.")
     add("--adam_beta2", type=below_one, default=0.999, help="Decay of the mean of squared gradients.")
@@ -225,7 +210,6 @@ def parse_args(input_args: list[str] | None = None) -> argparse.Namespace:
     add("--ema_decay", type=fraction, default=0.9999, help="Decay of the running mean at its end.")
     add("--offload_ema", action="store_true", help="Keep the running mean in the CPU's memory between updates.")
     add("--seed", type=partial(number, int, "[0, 4294967295]"), default=0, help="Seed of everything random.")
-
     # Speed and memory
     add("--mixed_precision", choices=["no", "fp16", "bf16"], help="Default: that of accelerate's configuration.")
     add("--gradient_checkpointing", action="store_true", help="Less memory for a third more compute.")
@@ -233,7 +217,6 @@ def parse_args(input_args: list[str] | None = None) -> argparse.Namespace:
     add("--activation_memory_budget", type=fraction, help="Fraction of the activations to keep with --compile.")
     add("--allow_tf32", action="store_true", help="TF32 matrix products on Ampere and later.")
     add("--enable_xformers_memory_efficient_attention", action="store_true", help="xformers' attention, not torch's.")
-
     # Checkpoints and validation
     add("--output_dir", default="diffusion-mapo-sdxl", help="Folder of results and checkpoints.")
     add("--checkpointing_steps", type=count, default=500, help="Updates between checkpoints.")
@@ -247,7 +230,6 @@ def parse_args(input_args: list[str] | None = None) -> argparse.Namespace:
     add("--validation_guidance_scale", type=not_negative, default=5.0, help="Guidance scale of these images.")
     add("--validation_num_inference_steps", type=count, default=25, help="Denoising steps of these images.")
     add("--skip_final_inference", action="store_true", help="Generate no images after training.")
-
     # Output
     add("--save_dtype", choices=["fp32", "fp16", "bf16"], help="Precision of the saved pipeline. Default: as trained.")
     add("--logging_dir", default="logs", help="Folder of the tracker's files, in --output_dir.")
@@ -261,9 +243,9 @@ def parse_args(input_args: list[str] | None = None) -> argparse.Namespace:
             action.help += " Default: %(default)s."
     defaults, args = vars(parser.parse_args([])), parser.parse_args(input_args)
     demo = args.pretrained_model_name_or_path is None and args.dataset_name is None
-    if demo and not (Path(__file__).resolve().parent / "demo").is_dir():
-        parser.error("--pretrained_model_name_or_path and --dataset_name are needed: an SDXL model, and pairs")
     if demo:
+        if not (Path(__file__).resolve().parent / "demo").is_dir():
+            parser.error("--pretrained_model_name_or_path and --dataset_name are needed: an SDXL model, and pairs")
         from demo.settings import PAIRS
 
         parser.set_defaults(**PAIRS)  # what the user did name still counts
@@ -272,7 +254,6 @@ def parse_args(input_args: list[str] | None = None) -> argparse.Namespace:
     if args.optimizer == "adamw_bf16" and args.mixed_precision is None:
         args.mixed_precision = "bf16"
     check_args(parser, args)
-    check_output_dir(parser, args)
     if args.learning_rate is None:
         args.learning_rate = 1.0 if args.optimizer == "prodigy" else 1e-5 if args.use_lora else 1e-7
     if args.max_train_steps is None and args.num_train_epochs is None:
@@ -281,10 +262,7 @@ def parse_args(input_args: list[str] | None = None) -> argparse.Namespace:
 
 
 def check_args(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
-    """Ends the run with one line where arguments don't go together."""
-    for name in args.changed:
-        if getattr(args, name) == "":
-            parser.error(f"--{name}: is empty")
+    """Ends the run with one line where arguments don't go together, or results would overwrite something."""
     for needed, names in NEEDS.items():
         for name in names:
             if name in args.changed and not getattr(args, needed):
@@ -309,28 +287,17 @@ def check_args(parser: argparse.ArgumentParser, args: argparse.Namespace) -> Non
         parser.error("--validation_split_name needs --num_validation_pairs too")
     if args.resolution % 8:
         parser.error(f"--resolution {args.resolution}: must be a multiple of 8; try {-(-args.resolution // 8) * 8}")
-    if args.lr_warmup_steps > (args.max_train_steps or math.inf) and not args.demo:
-        parser.error(f"--lr_warmup_steps {args.lr_warmup_steps}: more than --max_train_steps {args.max_train_steps}")
-
-
-def check_output_dir(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
-    """Ends the run with one line where it would overwrite what it reads, or what an earlier run has left."""
     output_dir = Path(args.output_dir).resolve()
     read = (args.pretrained_model_name_or_path, args.dataset_name, Path(__file__).parent)
     if output_dir in [Path(source).resolve() for source in read if source is not None]:
         parser.error(f"--output_dir {output_dir}: holds what the run reads; name another folder")
-    if args.resume_from_checkpoint is None:  # the demo may be run again
-        for result in ("checkpoint-*/state.json", "unet", "*.safetensors")[: 1 if args.demo else 3]:
-            if found := sorted(output_dir.glob(result)):
-                holds = f"holds {found[-1].relative_to(output_dir)} of an earlier run"
-                remedy = "go on with --resume_from_checkpoint latest, or name another folder"
-                parser.error(f"--output_dir {output_dir}: {holds}; {remedy}")
+    found = [path.name for result in ("checkpoint-*", "unet", "*.safetensors") for path in output_dir.glob(result)]
+    if found and args.resume_from_checkpoint is None and not args.demo:  # which may be run again
+        remedy = "go on with --resume_from_checkpoint latest, or name another folder"
+        parser.error(f"--output_dir {output_dir}: holds {found[0]} of an earlier run; {remedy}")
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Models
-# ---------------------------------------------------------------------------------------------------------------------
-
+# ---- Models ---------------------------------------------------------------------------------------------------------
 
 HALF_DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16}
 SHARDED = ("FSDP", "DEEPSPEED")  # where no process holds the whole state
@@ -377,10 +344,10 @@ def load_unet(args: argparse.Namespace, accelerator: Accelerator) -> tuple:
             for layer in layers:  # peft passes over a name that fits nothing, where another one fits
                 if not any(f".{name}".endswith(f".{layer}") for name, _ in unet.named_modules() if layer):
                     raise ValueError(f"the UNet has no layer {layer!r}")
-            options = {"lora_dropout": args.lora_dropout, "use_dora": args.use_dora, "init_lora_weights": "gaussian"}
-            alpha = args.lora_alpha or args.rank
             unet.requires_grad_(False)
-            unet.add_adapter(LoraConfig(r=args.rank, target_modules=layers, lora_alpha=alpha, **options))
+            options = {"r": args.rank, "lora_alpha": args.lora_alpha or args.rank, "lora_dropout": args.lora_dropout}
+            options |= {"use_dora": args.use_dora, "init_lora_weights": "gaussian"}
+            unet.add_adapter(LoraConfig(target_modules=layers, **options))
         diffusers.training_utils.cast_training_params(unet, dtype=torch.float32)
     if args.gradient_checkpointing:
         unet.enable_gradient_checkpointing()
@@ -397,15 +364,13 @@ def load_unet(args: argparse.Namespace, accelerator: Accelerator) -> tuple:
 def load_pipeline(args: argparse.Namespace, weight_dtype: torch.dtype):
     """SDXL's pipeline without its UNet, on the CPU: it encodes images and captions, and generates at validation."""
     name, vae_name = args.pretrained_model_name_or_path, args.pretrained_vae_model_name_or_path
-    hub = {"revision": args.revision, "cache_dir": args.cache_dir}
-    components = {"unet": None}
+    options = {"revision": args.revision, "variant": args.variant, "cache_dir": args.cache_dir, "dtype": weight_dtype}
     if vae_name is not None:
         with blame("pretrained_vae_model_name_or_path", vae_name):
-            components["vae"] = diffusers.AutoencoderKL.from_pretrained(vae_name, cache_dir=args.cache_dir)
+            options["vae"] = diffusers.AutoencoderKL.from_pretrained(vae_name, cache_dir=args.cache_dir)
     with blame("pretrained_model_name_or_path", name):
-        pipeline = diffusers.StableDiffusionXLPipeline.from_pretrained(
-            name, variant=args.variant, dtype=weight_dtype, add_watermarker=False, **hub, **components
-        )
+        options |= {"unet": None, "add_watermarker": False}
+        pipeline = diffusers.StableDiffusionXLPipeline.from_pretrained(name, **options)
     pipeline.set_progress_bar_config(disable=True)
     # In fp32, as SDXL's own VAE overflows in fp16; channels last, as convolutions of few channels are faster so.
     pipeline.vae.to(torch.float32, memory_format=torch.channels_last)
@@ -414,10 +379,7 @@ def load_pipeline(args: argparse.Namespace, weight_dtype: torch.dtype):
     return pipeline
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Data
-# ---------------------------------------------------------------------------------------------------------------------
-
+# ---- Data -----------------------------------------------------------------------------------------------------------
 
 # Columns of published data sets: caption, images 0 and 1, labels 0 and 1. Without labels, image 0 is the chosen one;
 # with one label, it is the preference for image 0, from 0 to 1.
@@ -434,7 +396,6 @@ READERS = {f".{name}": name for name in ("parquet", "arrow", "csv", "json")} | {
 
 def find_columns(args: argparse.Namespace, names: list[str]) -> tuple:
     """Caption, images 0 and 1, labels 0 and 1 (or None): the columns that flags name, else those of a layout."""
-    where = f"--dataset_name {args.dataset_name}: "
     images = (args.chosen_column or args.image_0_column, args.rejected_column or args.image_1_column)
     caption = next((c for c in ("caption", "prompt", "text") if c in names), "caption")
     layouts = [layout for layout in LAYOUTS if {name for name in layout if name} <= set(names)]
@@ -442,15 +403,13 @@ def find_columns(args: argparse.Namespace, names: list[str]) -> tuple:
         layouts = [(caption, *images, args.label_0_column, args.label_1_column)]
     if not layouts:
         fail(
-            f"{where}its columns ({', '.join(names)}) are those of no known data set: name --caption_column and "
-            "either --chosen_column, --rejected_column or --image_0_column, --image_1_column, --label_0_column; a "
-            "folder of images has w/NAME.png, l/NAME.png, NAME.txt"
+            f"--dataset_name {args.dataset_name}: its columns ({', '.join(names)}) are those of no known data set: "
+            "name --caption_column and either --chosen_column, --rejected_column or --image_0_column, "
+            "--image_1_column, --label_0_column; a folder of images has w/NAME.png, l/NAME.png, NAME.txt"
         )
     columns = (args.caption_column or layouts[0][0], *layouts[0][1:])
-    if columns[1] == columns[2]:
-        fail(f"{where}column {columns[1]} is named as both images")
     if missing := [name for name in columns if name is not None and name not in names]:
-        fail(f"{where}no column {missing[0]} among {', '.join(names)}")
+        fail(f"--dataset_name {args.dataset_name}: no column {missing[0]} among {', '.join(names)}")
     return columns
 
 
@@ -464,20 +423,19 @@ class PreferencePairs:
         preference = np.ones(size)  # for image 0: 1, 0, a tie at 0.5, or NaN, unlabelled
         if label_0 is not None:
             preference = read_labels(dataset, label_0)
-            if label_1 is None and (wrong := preference[(preference < 0) | (preference > 1)]).size:
+            if label_1 is not None:  # NaN where one of them is
+                preference = (np.sign(preference - read_labels(dataset, label_1)) + 1) / 2
+            elif (wrong := preference[(preference < 0) | (preference > 1)]).size:
                 fail(f"--label_0_column {label_0}: {wrong[0]:g}; alone it must be from 0 to 1, see --label_1_column")
-            other = 1 - preference if label_1 is None else read_labels(dataset, label_1)
-            preference = (np.sign(preference - other) + 1) / 2  # NaN where one of them is
         if "has_label" in dataset.column_names:
             preference[~(read_labels(dataset, "has_label") > 0)] = math.nan
         tied, unlabelled = preference == 0.5, np.isnan(preference)
         decided = ~unlabelled if args.tie_policy == "random" else ~unlabelled & ~tied
         self.counts = Counter() if counts is None else counts
         self.counts.update({"rows": size, "ties": int(tied.sum()), "without a label": int(unlabelled.sum())})
-        random = np.random.default_rng((args.seed, 3, chunk or 0)).random((size, 2))
-        chosen_first = np.where(tied, random[:, 0] < 0.5, preference > 0.5) ^ (random[:, 1] < args.label_noise_prob)
+        heads = np.random.default_rng((args.seed, 3, chunk or 0)).random(size) < 0.5
         self.rows = np.flatnonzero(decided)
-        self.chosen_first = chosen_first[self.rows]
+        self.chosen_first = np.where(tied, heads, preference > 0.5)[self.rows]
         captions = dataset[caption][:]  # a list: to ask a column of `datasets` for each is slow
         self.captions = [captions[row] for row in self.rows.tolist()]
         for row, text in zip(self.rows, self.captions):
@@ -492,8 +450,7 @@ class PreferencePairs:
                 found.append((read or decode_image)(read_file(record[side], self.image_root)))
             except Exception as error:  # PIL's decoders raise errors of any kind
                 row = f"row {self.rows[i]}" if self.chunk is None else f"the row of caption {self.captions[i][:60]!r}"
-                cause = str(error).split(" <_io")[0]
-                raise ValueError(f"{row}: {side} is no readable image ({cause})") from error
+                raise ValueError(f"{row}: {side} is no readable image ({str(error).split(' <_io')[0]})") from error
         return found
 
 
@@ -504,30 +461,29 @@ def read_labels(dataset, column: str) -> np.ndarray:
 
 
 def load_dataset(args: argparse.Namespace, split: str) -> tuple:
-    """A table or stream of rows from the hub, from a local file or folder (parquet, arrow, JSON lines, CSV, webdataset
-    tars, `save_to_disk`), or from images in `w/` and `l/` with their captions in NAME.txt. And a fingerprint that
-    changes with the rows, or None where rows only have paths of images."""
+    """A table or stream of rows from the hub or from a local file or folder, and a fingerprint that changes with the
+    rows; None where rows only have paths of images."""
     name, path = args.dataset_name, Path(args.dataset_name)
     datasets.logging.set_verbosity(logging.CRITICAL)  # what it logs as an error is raised too
     if path.exists():
         datasets.disable_progress_bars()  # those of downloads stay
-    source = {"path": name, "name": args.dataset_config_name}
+    source = {"path": name, "name": args.dataset_config_name, "cache_dir": args.cache_dir}
     with blame("dataset_name", name if path.exists() else f"{name}, no file or folder here"):
         if path.is_file():
             if path.suffix not in READERS:
                 raise ValueError(f"not one of {', '.join(READERS)}")
-            # `datasets` takes one word as the name of a split; other than a+b or train[:5], it may be any.
-            source = {"path": READERS[path.suffix], "data_files": {split if split.isidentifier() else "train": name}}
+            # A file is the split that one word asks for, whatever the word; a+b or train[:5] look for it in "train".
+            source |= {"path": READERS[path.suffix], "data_files": {split if split.isidentifier() else "train": name}}
         if (path / "w").is_dir() or (path / "l").is_dir():
             dataset, fingerprint = datasets.Dataset.from_list(list_image_folders(path)), None
         elif (path / "dataset_info.json").is_file():
             dataset = datasets.load_from_disk(path)
             fingerprint = dataset._fingerprint
         else:
-            # Its configuration has the time of local files, or the commit on the hub.
-            fingerprint = datasets.load_dataset_builder(**source, cache_dir=args.cache_dir).config_id
-            options = {"split": split, "cache_dir": args.cache_dir, "streaming": args.streaming}
-            dataset = datasets.load_dataset(**source, **options)
+            # Its hash has the time of local files, or the commit on the hub; a single file's is in its configuration.
+            builder = datasets.load_dataset_builder(**source)
+            fingerprint = f"{builder.dataset_name} {builder.config_id} {builder.hash}"
+            dataset = datasets.load_dataset(**source, split=split, streaming=args.streaming)
         for column, feature in (dataset.features or {}).items():
             if isinstance(feature, datasets.Image):
                 dataset = dataset.cast_column(column, datasets.Image(decode=False))
@@ -562,14 +518,12 @@ class Source(NamedTuple):
 def open_source(args: argparse.Namespace, split: str, limit: int | None = None) -> Source:
     """Ends the run with one line where no row of a table can be used."""
     dataset, fingerprint = load_dataset(args, split)
-    if fingerprint is not None:
-        choices = (args.seed, args.tie_policy, args.label_noise_prob, limit, args.skip_unreadable)
-        fingerprint = f"{fingerprint} {choices}"
+    fingerprint = fingerprint and f"{fingerprint} {(args.seed, args.tie_policy, limit, args.skip_unreadable)}"
     if isinstance(dataset, datasets.Dataset):
         table = PreferencePairs(dataset, args)
         if not table.captions:
             fail(f"--dataset_name {args.dataset_name}: no row has a label that decides ({dict(table.counts)})")
-        length = min(len(table.captions), limit or len(table.captions))
+        length = len(table.captions[:limit])
         order = np.random.default_rng((args.seed, 0)).permutation(length).tolist()
         return Source(((table, i) for i in order), length, table.counts, fingerprint)
     rows, counts = iter(dataset.shuffle(seed=args.seed, buffer_size=1000)), Counter()
@@ -609,10 +563,8 @@ def decode_image(file: bytes | str | Path | Image.Image) -> Image.Image:  # twin
     return image.convert("RGB")
 
 
-def prepare_image(
-    image: Image.Image, resolution: int, crop: np.ndarray = np.full(2, 0.5), flip: bool = False
-) -> tuple[torch.Tensor, list[int]]:
-    """Resizes the shorter side to `resolution`, crops at a fraction of the room there is (0.5: the centre), mirrors.
+def prepare_image(image: Image.Image, resolution: int, crop=(0.5, 0.5), flip: bool = False) -> tuple:
+    """Resizes the shorter side to `resolution`, crops at fractions of the room there is (0.5: the centre), mirrors.
     Returns the pixels, uint8, Shape: (3, R, R), and SDXL's micro-conditioning: original size, crop, target size."""
     width, height = image.size
     scale = resolution / min(width, height)
@@ -629,11 +581,7 @@ def prepare_image(
     return pixels, [height, width, top, left, resolution, resolution]
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Encoding
-# ---------------------------------------------------------------------------------------------------------------------
-
-
+# ---- Encoding -------------------------------------------------------------------------------------------------------
 def hash_of(*parts) -> str:  # twin
     """Hash of modules (by their weights), bytes, and whatever has a `repr`."""
     digest = hashlib.sha256()
@@ -647,23 +595,17 @@ def hash_of(*parts) -> str:  # twin
     return digest.hexdigest()[:24]
 
 
-def entry_path(folder: Path, key: str) -> Path:
-    return folder / key[:2] / f"{key}.safetensors"
-
-
-def save_entry(folder: Path, key: str, tensors: dict[str, torch.Tensor]) -> None:
-    """Each entry of a cache has its file, so that processes and runs that fill it at once don't meet."""
-    path = entry_path(folder, key)
+def save_aside(path: Path, save) -> None:  # twin
+    """`save(path)` under another name first: a kill leaves no half file, and two runs may save the same at once."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    aside = path.with_name(f"tmp-{uuid.uuid4().hex}")
-    save_file({name: tensor.contiguous().cpu() for name, tensor in tensors.items()}, aside)
+    aside = path.with_name(f"tmp-{uuid.uuid4().hex}-{path.name}")
+    save(aside)
     os.replace(aside, path)
 
 
-def warn_of_room(folder: Path, needed: float, what: str) -> None:
-    free = shutil.disk_usage(folder).free
-    if free < needed:
-        logger.warning(f"{what} may take {needed / 1e9:.1f} GB, but {folder} has {free / 1e9:.1f} GB left.")
+def entry_path(folder: Path, key: str) -> Path:
+    """Each image and each caption has a file of its own in the cache."""
+    return folder / key[:2] / f"{key}.safetensors"
 
 
 @torch.no_grad()
@@ -689,14 +631,13 @@ class Pair(NamedTuple):
 
 
 def encode_pairs(source: Source, count: int, vae, folder: Path, args, accelerator: Accelerator) -> list[Pair]:
-    """The first `count` pairs of the source, without those whose images can't be read. Each image is decoded and
-    encoded once, here: `latents`, Shape: (F, C, h, w), fp16, and `time_ids`, (F, 6), fp32; F is 2 with --random_flip,
-    the second one mirrored, else 1. Every process does its part."""
-    count, main = min(count, source.length or count), accelerator.is_main_process
+    """The first `count` pairs of the source, without those whose images can't be read. Each image is encoded once, by
+    one process: `latents`, Shape: (F, C, h, w), fp16, and `time_ids`, (F, 6), fp32; F is 2 with a mirrored view."""
+    count, is_main = min(count, source.length or count), accelerator.is_main_process
     index = None
     if source.fingerprint is not None:  # what a run like this one found; one process looks, as it may come just now
         index = folder / f"index-{hash_of(source.fingerprint, count)}.json"
-        (known,) = broadcast_object_list([json.loads(index.read_text()) if main and index.exists() else None])
+        (known,) = broadcast_object_list([json.loads(index.read_text()) if is_main and index.exists() else None])
         if known is not None:
             return [Pair(*pair) for pair in known]
     flips = (False, True) if args.random_flip else (False,)
@@ -707,13 +648,13 @@ def encode_pairs(source: Source, count: int, vae, folder: Path, args, accelerato
         if entry_path(folder, key).exists():
             return key, []
         random = np.random.default_rng((args.seed, 1, int(key, 16))).random(2)
-        image, crop = decode_image(file), random if args.random_crop else np.full(2, 0.5)
+        image, crop = decode_image(file), random if args.random_crop else (0.5, 0.5)
         return key, [prepare_image(image, args.resolution, crop, flip) for flip in flips]
 
     candidates, pool = enumerate(itertools.islice(source.pairs, count)), ThreadPoolExecutor()
     mine = itertools.islice(candidates, accelerator.process_index, None, accelerator.num_processes)
     found, total = [], -(-count // accelerator.num_processes)
-    for _ in tqdm(range(0, total, 32), desc="Images", unit="x 32", disable=not main):
+    for _ in tqdm(range(0, total, 32), desc="Images", unit="x 32", disable=not is_main):
         chunk = list(itertools.islice(mine, 32))
         futures = [pool.submit(table.images, i, prepare) for _, (table, i) in chunk]  # threads work ahead
         for (place, (table, i)), future in zip(chunk, futures):
@@ -727,17 +668,17 @@ def encode_pairs(source: Source, count: int, vae, folder: Path, args, accelerato
                 if views:
                     latents = encode_pixels(torch.stack([pixels for pixels, _ in views]), vae)
                     time_ids = torch.tensor([ids for _, ids in views], dtype=torch.float32)
-                    save_entry(folder, key, {"latents": latents.half(), "time_ids": time_ids})
+                    entry = {"latents": latents.half().cpu().contiguous(), "time_ids": time_ids}
+                    save_aside(entry_path(folder, key), partial(save_file, entry))
             found.append((place, [*(key for key, _ in images), table.captions[i]]))
     found = [pair for _, pair in sorted(gather_object(found))]
     pairs = [Pair(*pair) for pair in found if len(pair) == 3]  # else unreadable
     source.counts["unreadable"] = len(found) - len(pairs)
-    source.counts["with an empty caption"] = sum(not pair.caption.strip() for pair in pairs)
     counts = ", ".join(f"{number} {what}" for what, number in source.counts.items())
     if not pairs:
         fail(f"--dataset_name {args.dataset_name}: no row can be used ({counts})")
     logger.info(f"{len(pairs)} pairs are used; the data set has {counts}.")
-    if index is not None and main:
+    if index is not None and is_main:
         save_aside(index, lambda path: path.write_text(json.dumps(pairs)))
     return pairs
 
@@ -752,15 +693,15 @@ def encode_captions(captions: set[str], pipeline, args, accelerator: Accelerator
     folder = cached_assets_path("mapo", name, assets_dir=args.cache_dir)
     chunks = [sorted(captions)[first : first + 64] for first in range(0, len(captions), 64)]
     mine = chunks[accelerator.process_index :: accelerator.num_processes]
-    for chunk in tqdm(mine, desc="Captions", disable=not accelerator.is_main_process):
-        if all(entry_path(folder, hash_of(caption)).exists() for caption in chunk):
-            continue
-        # Whole chunks: rounding depends on their size.
+    # Whole chunks: rounding depends on their size.
+    mine = [chunk for chunk in mine if not all(entry_path(folder, hash_of(caption)).exists() for caption in chunk)]
+    for chunk in tqdm(mine, desc="Captions", disable=not (mine and accelerator.is_main_process)):
         embeds, _, pooled, _ = pipeline.encode_prompt(chunk, device=device, do_classifier_free_guidance=False)
         for caption, *embedded in zip(chunk, embeds, pooled):
             scale = 0 if zeros and caption == "" else 1
-            embedded = [(scale * value.float()).half() for value in embedded]
-            save_entry(folder, hash_of(caption), dict(zip(("prompt_embeds", "pooled_prompt_embeds"), embedded)))
+            embedded = [(scale * value.float()).half().cpu() for value in embedded]
+            entry = dict(zip(("prompt_embeds", "pooled_prompt_embeds"), embedded))
+            save_aside(entry_path(folder, hash_of(caption)), partial(save_file, entry))
     accelerator.wait_for_everyone()
     return folder
 
@@ -808,18 +749,15 @@ def encode_data(source: Source, held_out: Source | None, pipeline, args, acceler
     settings = (vae.config.scaling_factor, vae.config.shift_factor), args.resolution
     settings += (args.seed if args.random_crop else "centre", args.random_flip)
     images = cached_assets_path("mapo", f"images-{hash_of(vae, *settings)}", assets_dir=args.cache_dir)
-    held_out_pairs, count = [], args.max_train_steps * pairs_per_step(args, accelerator)
-    if held_out is not None:
-        held_out_pairs = encode_pairs(held_out, args.num_validation_pairs, vae, images, args, accelerator)
-    else:
-        count += args.num_validation_pairs
-    size = args.resolution**2 / 4 * (1 + args.random_flip)  # of two images in fp16: 4 channels, each side / 8
-    warn_of_room(images, size * min(count, source.length or count), "Latents")
-    pairs = encode_pairs(source, count, vae, images, args, accelerator)
+    count, n = args.max_train_steps * pairs_per_step(args, accelerator), args.num_validation_pairs
     if held_out is None:
-        held_out_pairs, pairs = pairs[: args.num_validation_pairs], pairs[args.num_validation_pairs :]
+        pairs = encode_pairs(source, count + n, vae, images, args, accelerator)
+        held_out_pairs, pairs = pairs[:n], pairs[n:]
+    else:
+        held_out_pairs = encode_pairs(held_out, n, vae, images, args, accelerator)
+        pairs = encode_pairs(source, count, vae, images, args, accelerator)
     if not pairs:
-        fail(f"--num_validation_pairs {args.num_validation_pairs}: leaves no pair to train on")
+        fail(f"--num_validation_pairs {n}: leaves no pair to train on")
     vae.to("cpu")
 
     prompts = args.validation_prompts
@@ -829,13 +767,12 @@ def encode_data(source: Source, held_out: Source | None, pipeline, args, acceler
     prompts = [prompt for prompt in prompts for _ in range(args.num_validation_images)]
     for encoder in (pipeline.text_encoder, pipeline.text_encoder_2):
         encoder.to(accelerator.device)
-    captions = {*prompts, "", *(pair.caption for pair in [*held_out_pairs, *pairs])}
-    captions = encode_captions(captions, pipeline, args, accelerator)
+    needed = {*prompts, "", *(pair.caption for pair in [*held_out_pairs, *pairs])}
+    captions = encode_captions(needed, pipeline, args, accelerator)
     pipeline.text_encoder = pipeline.text_encoder_2 = None
     rows = [load_file(entry_path(captions, hash_of(prompt))) for prompt in [*prompts, ""]]
     embeddings = {name: torch.stack([row[name].float() for row in rows]) for name in rows[0]}
-    fractions = (0.5 * args.random_flip, args.proportion_empty_prompts)
-    train = EncodedPairs(pairs, images, captions, args.seed, *fractions)
+    train = EncodedPairs(pairs, images, captions, args.seed, 0.5 * args.random_flip, args.proportion_empty_prompts)
     measured = EncodedPairs(held_out_pairs, images, captions, args.seed, 0, 0) if held_out_pairs else None
     return Data(train, measured, prompts, embeddings, pipeline, images_before=[])
 
@@ -845,8 +782,7 @@ def pairs_per_step(args: argparse.Namespace, accelerator: Accelerator) -> int:
 
 
 def make_batches(dataset, first_step: int, args: argparse.Namespace, accelerator: Accelerator):
-    """This process's batches from update `first_step` on, as `training_step` takes them. The positions of one update
-    are the same set, however they are split over processes and accumulation."""
+    """This process's batches from update `first_step` on. How an update is split doesn't change its positions."""
     size, accumulation = args.train_batch_size, args.gradient_accumulation_steps
     micro_steps = range(first_step * accumulation, args.max_train_steps * accumulation)
     firsts = ((step * accelerator.num_processes + accelerator.process_index) * size for step in micro_steps)
@@ -855,14 +791,11 @@ def make_batches(dataset, first_step: int, args: argparse.Namespace, accelerator
         batch_sampler=(range(first, first + size) for first in firsts),
         num_workers=args.dataloader_num_workers,
         pin_memory=accelerator.device.type == "cuda",
+        generator=torch.Generator(),  # else it takes from the random numbers of --lora_dropout
     )
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Training
-# ---------------------------------------------------------------------------------------------------------------------
-
-
+# ---- Training -------------------------------------------------------------------------------------------------------
 def sample_noise(  # twin
     positions: torch.Tensor, shape: torch.Size, num_timesteps: int, offset: float, seed: int, device: torch.device
 ) -> tuple[torch.Tensor, torch.Tensor]:
@@ -880,11 +813,9 @@ def sample_noise(  # twin
 
 def training_step(unet, batch: dict, noise_scheduler, args: argparse.Namespace, device: torch.device) -> tuple:
     """Loss of a batch of B pairs, and its metrics, Shape: (B,), which stay on the device."""
-    num_timesteps = noise_scheduler.config.num_train_timesteps
+    num_timesteps, shape = noise_scheduler.config.num_train_timesteps, batch["latents"].shape[2:]
     latents = batch["latents"].to(device, non_blocking=True)  # (B, 2, C, h, w)
-    noise, timesteps = sample_noise(
-        batch["position"], latents.shape[2:], num_timesteps, args.noise_offset, args.seed, device
-    )
+    noise, timesteps = sample_noise(batch["position"], shape, num_timesteps, args.noise_offset, args.seed, device)
 
     # Winners, then losers. The two of a pair share noise, timestep and conditioning: only the image differs.
     latents = latents.transpose(0, 1).flatten(0, 1)  # (2B, C, h, w)
@@ -896,11 +827,8 @@ def training_step(unet, batch: dict, noise_scheduler, args: argparse.Namespace, 
     }
     noisy_latents = noise_scheduler.add_noise(latents, noise, timesteps)
     model_pred = unet(noisy_latents, timesteps, prompt_embeds, added_cond_kwargs=added_cond_kwargs).sample
-    if noise_scheduler.config.prediction_type == "epsilon":
-        target = noise
-    else:
-        target = noise_scheduler.get_velocity(latents, noise, timesteps)
-
+    epsilon = noise_scheduler.config.prediction_type == "epsilon"
+    target = noise if epsilon else noise_scheduler.get_velocity(latents, noise, timesteps)
     result = mapo_loss(model_pred, target, args.beta_mapo, args.snr_value, num_timesteps, args.safeguard)
     return result.loss, {name: value.detach().float() for name, value in result._asdict().items()}
 
@@ -909,19 +837,14 @@ def make_optimizer(parameters: list, learning_rate: float, args: argparse.Namesp
     decay = {"lr": learning_rate, "weight_decay": args.adam_weight_decay}
     options = decay | {"betas": (args.adam_beta1, args.adam_beta2), "eps": args.adam_epsilon}
     if args.optimizer == "adamw_8bit":
-        import bitsandbytes
-
-        return bitsandbytes.optim.AdamW8bit(parameters, **options)
+        return importlib.import_module("bitsandbytes").optim.AdamW8bit(parameters, **options)
+    if args.optimizer == "adamw_bf16":
+        return importlib.import_module("optimi").AdamW(parameters, **options, kahan_sum=True)
+    if args.optimizer == "prodigy":
+        options |= {"safeguard_warmup": True, "use_bias_correction": True}
+        return importlib.import_module("prodigyopt").Prodigy(parameters, **options)
     if args.optimizer == "adafactor":
         return transformers.Adafactor(parameters, **decay, scale_parameter=False, relative_step=False)
-    if args.optimizer == "prodigy":
-        from prodigyopt import Prodigy
-
-        return Prodigy(parameters, **options, safeguard_warmup=True, use_bias_correction=True)
-    if args.optimizer == "adamw_bf16":
-        import optimi
-
-        return optimi.AdamW(parameters, **options, kahan_sum=True)
     return torch.optim.AdamW(parameters, **options, fused=True)
 
 
@@ -940,86 +863,44 @@ def prepare_training(model, checkpoint: Path | None, args: argparse.Namespace, a
     """As the checkpoint has it, where there is one."""
     learning_rate = args.learning_rate * (pairs_per_step(args, accelerator) if args.scale_lr else 1)
     optimizer = make_optimizer([p for p in model.parameters() if p.requires_grad], learning_rate, args)
-    lr_scheduler = diffusers.optimization.get_scheduler(
-        args.lr_scheduler,
-        optimizer,
-        num_warmup_steps=args.lr_warmup_steps,
-        num_training_steps=args.max_train_steps,
-        num_cycles=args.lr_num_cycles,
-        power=args.lr_power,
-    )
-    if accelerator.distributed_type in SHARDED:
-        prepare_sharding(model, args, accelerator)
+    schedule = {"num_warmup_steps": args.lr_warmup_steps, "num_training_steps": args.max_train_steps}
+    schedule |= {"num_cycles": args.lr_num_cycles, "power": args.lr_power}
+    lr_scheduler = diffusers.optimization.get_scheduler(args.lr_scheduler, optimizer, **schedule)
+    kind, half = accelerator.distributed_type, HALF_DTYPES.get(accelerator.mixed_precision)
+    if kind in SHARDED and half is not None:  # the weights stay in fp32: autocast, as without sharding
+        model.forward = torch.autocast(accelerator.device.type, half, cache_enabled=False)(model.forward)
+    if kind == "DEEPSPEED":
+        config = accelerator.state.deepspeed_plugin.deepspeed_config
+        config["train_micro_batch_size_per_gpu"] = args.train_batch_size
+        config["gradient_clipping"] = args.max_grad_norm
+        config["bf16"]["enabled"] = config["fp16"]["enabled"] = False
+    elif kind == "FSDP" and half is not None:
+        options = {"reduce_dtype": torch.float32, "cast_forward_inputs": False}  # else time_ids would be cast
+        policy = torch.distributed.fsdp.MixedPrecisionPolicy(half, **options)
+        accelerator.state.fsdp_plugin.mixed_precision_policy = policy
     unet, optimizer = accelerator.prepare(model, optimizer)
     accelerator.register_for_checkpointing(lr_scheduler)  # not prepared: accelerate would step it once per process
     parameters, ema = [p for p in model.parameters() if p.requires_grad], None  # FSDP2 has replaced them
-    if args.use_lora and accelerator.distributed_type not in SHARDED:  # checkpoints hold the LoRA, not the whole UNet
+    if args.use_lora and kind not in SHARDED:  # checkpoints hold the LoRA, not the whole UNet
         accelerator.register_save_state_pre_hook(lambda models, weights, folder: weights.clear())
         accelerator.register_load_state_pre_hook(lambda models, folder: models.clear())
         accelerator.register_for_checkpointing(torch.nn.ParameterList(parameters))
     if args.use_ema:
         ema = diffusers.EMAModel(parameters, decay=args.ema_decay, use_ema_warmup=True, power=0.75)
+        ema.to("cpu" if args.offload_ema else accelerator.device)
         accelerator.register_for_checkpointing(ema)
-    weights = sum(p.nbytes for p in (parameters if args.use_lora else model.parameters()))
-    states = sum(p.numel() for p in parameters) * (STATE_BYTES[args.optimizer] + 4 * args.use_ema)
-    warn_of_room(Path(args.output_dir), weights + states, "A checkpoint")
     if checkpoint is not None:
         accelerator.load_state(str(checkpoint))
         accelerator.step = 0  # of micro-batches: a checkpoint is of a step's end, and accumulation may have changed
         logger.info(f"Resumed from {checkpoint}.")
-    if ema is not None:
-        ema.to("cpu" if args.offload_ema else accelerator.device)
     return Training(unet, model, parameters, optimizer, lr_scheduler, ema)
 
 
-def prepare_sharding(model, args: argparse.Namespace, accelerator: Accelerator) -> None:
-    """Tells DeepSpeed and FSDP2 what accelerate's configuration doesn't; the weights stay in fp32, and half is
-    autocast."""
-    if accelerator.mixed_precision != "no":
-        half = HALF_DTYPES[accelerator.mixed_precision]
-        model.forward = torch.autocast(accelerator.device.type, half, cache_enabled=False)(model.forward)
-    if accelerator.distributed_type == "DEEPSPEED":
-        config = accelerator.state.deepspeed_plugin.deepspeed_config
-        config["train_micro_batch_size_per_gpu"] = args.train_batch_size
-        config["gradient_clipping"] = args.max_grad_norm
-        config["bf16"]["enabled"] = config["fp16"]["enabled"] = False
-    elif accelerator.mixed_precision != "no":
-        options = {"reduce_dtype": torch.float32, "cast_forward_inputs": False}  # else time_ids would be cast
-        policy = torch.distributed.fsdp.MixedPrecisionPolicy(half, **options)
-        accelerator.state.fsdp_plugin.mixed_precision_policy = policy
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Checkpoints
-# ---------------------------------------------------------------------------------------------------------------------
-
-
+# ---- Checkpoints ----------------------------------------------------------------------------------------------------
 def list_checkpoints(output_dir: Path) -> list[Path]:  # twin
-    """Whole checkpoints, oldest first: those whose files have the sizes that `state.json` says."""
-    found = {}
-    for path in output_dir.glob("checkpoint-*"):
-        with contextlib.suppress(OSError, ValueError, KeyError):
-            state = json.loads((path / "state.json").read_text())
-            if all((path / name).stat().st_size == size for name, size in state["sizes"].items()):
-                found[path] = state["step"]
-    return sorted(found, key=found.get)
-
-
-def find_checkpoint(args: argparse.Namespace) -> Path | None:  # twin
-    """The folder that `--resume_from_checkpoint` names; None where training starts from scratch."""
-    if args.resume_from_checkpoint is None:
-        return None
-    if args.resume_from_checkpoint != "latest":
-        checkpoint = Path(args.resume_from_checkpoint)
-        if checkpoint not in list_checkpoints(checkpoint.parent):
-            fail(f"--resume_from_checkpoint {checkpoint}: no whole checkpoint; try `latest`")
-        return checkpoint
-    checkpoints = list_checkpoints(Path(args.output_dir))
-    for broken in sorted(set(Path(args.output_dir).glob("checkpoint-*")) - set(checkpoints)):
-        logger.info(f"{broken} is not a whole checkpoint and is passed over.")
-    if not checkpoints:
-        logger.info(f"No checkpoint in {args.output_dir} yet: training starts from scratch.")
-    return checkpoints[-1] if checkpoints else None
+    """Oldest first. `state.json` is written last and deleted first: a folder with it is whole."""
+    found = output_dir.glob("checkpoint-*/state.json")
+    return [file.parent for file in sorted(found, key=lambda file: json.loads(file.read_text())["step"])]
 
 
 # What may change when a run goes on from a checkpoint. The data may move: whether the pairs are the same is looked at.
@@ -1033,19 +914,28 @@ FREE_SETTINGS = frozenset(
 )
 
 
-def check_resumption(checkpoint: Path | None, now: dict) -> None:  # twin
-    """Ends the run with one line where it can't go on as the checkpoint's run would have."""
-    if checkpoint is None:
-        return
-    then = json.loads((checkpoint / "state.json").read_text())["run"]
-    for name, value in now.items():
-        if then.get(name) != value:
-            fail(
-                f"{name} {value}: {checkpoint.name} was trained with {then.get(name)}; keep it or change --output_dir"
-            )
+def find_checkpoint(args: argparse.Namespace, run: dict) -> tuple[Path | None, dict]:  # twin
+    """The folder that `--resume_from_checkpoint` names, and its state; None where training starts from scratch. Ends
+    the run with one line where it can't go on as the checkpoint's run would have."""
+    if args.resume_from_checkpoint is None:
+        return None, {"step": 0, "history": []}
+    checkpoint = Path(args.resume_from_checkpoint)
+    if args.resume_from_checkpoint == "latest":
+        checkpoints = list_checkpoints(Path(args.output_dir))
+        if not checkpoints:
+            logger.info(f"No checkpoint in {args.output_dir} yet: training starts from scratch.")
+            return None, {"step": 0, "history": []}
+        checkpoint = checkpoints[-1]
+    if not (checkpoint / "state.json").is_file():
+        fail(f"--resume_from_checkpoint {checkpoint}: no whole checkpoint; try `latest`")
+    state = json.loads((checkpoint / "state.json").read_text())
+    for name, value in run.items():
+        if (then := state["run"].get(name)) != value:
+            fail(f"{name} {value}: {checkpoint.name} was trained with {then}; keep it or change --output_dir")
+    return checkpoint, state
 
 
-def save_checkpoint(step: int, run: dict, args: argparse.Namespace, accelerator: Accelerator) -> Path:  # twin
+def save_checkpoint(step: int, run: dict, history: list[dict], args, accelerator: Accelerator) -> Path:  # twin
     """Weights, optimizer, learning rate schedule, EMA and random states, written aside and then renamed."""
     folder = Path(args.output_dir) / f"checkpoint-{step}"
     aside = folder.with_name(f"tmp-{folder.name}")
@@ -1059,40 +949,27 @@ def save_checkpoint(step: int, run: dict, args: argparse.Namespace, accelerator:
         raise OSError(f"--output_dir {args.output_dir}: {folder.name} can't be written ({error})") from error
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:
-        sizes = {str(p.relative_to(aside)): p.stat().st_size for p in aside.rglob("*") if p.is_file()}
-        (aside / "state.json").write_text(json.dumps({"step": step, "sizes": sizes, "run": run}, indent=2))
+        (aside / "state.json").write_text(json.dumps({"step": step, "run": run, "history": history}))
+        (folder / "state.json").unlink(missing_ok=True)
         shutil.rmtree(folder, ignore_errors=True)
         os.replace(aside, folder)
         for old in list_checkpoints(Path(args.output_dir))[: -args.checkpoints_total_limit]:
+            (old / "state.json").unlink()  # first: a kill may leave the rest
             shutil.rmtree(old)
     accelerator.wait_for_everyone()
     return folder
 
 
-def save_aside(path: Path, save) -> None:  # twin
-    """`save(path)` under another name first, so that a kill leaves no half file."""
-    aside = path.with_name(f"tmp-{path.name}")
-    save(aside)
-    os.replace(aside, path)
-
-
 class MetricsLog:
-    """Writes what is measured to metrics.jsonl, the trackers and the progress bar. `history` has one record per step,
-    those before a resumption too, and one per validation."""
+    """metrics.jsonl, trackers and progress bar. `history` has all records, those before a resumption too."""
 
-    def __init__(self, first_step: int, checkpoint: Path | None, args, accelerator: Accelerator) -> None:
+    def __init__(self, state: dict, args: argparse.Namespace, accelerator: Accelerator) -> None:
         self.args, self.accelerator, self.path = args, accelerator, Path(args.output_dir) / "metrics.jsonl"
-        self.history, self.micro_steps, self.skipped_in_a_row = [], [], 0
-        before = None if checkpoint is None else checkpoint.parent / "metrics.jsonl"
-        if before is not None and before.exists():  # a kill may have halved the last line
-            lines = [line for line in before.read_text().splitlines(keepends=True) if line.endswith("\n")]
-            self.history = [record for line in lines if (record := json.loads(line))["step"] <= first_step]
-        accelerator.wait_for_everyone()  # all have read before any writes
+        self.history, self.micro_steps, self.skipped_in_a_row = state["history"], [], 0
         if accelerator.is_main_process:
-            text = "".join(f"{json.dumps(record)}\n" for record in self.history)
-            save_aside(self.path, lambda path: path.write_text(text))
+            self.path.write_text("".join(f"{json.dumps(record)}\n" for record in self.history))
         hidden = not accelerator.is_main_process
-        self.bar = tqdm(total=args.max_train_steps, initial=first_step, desc="Training", disable=hidden)
+        self.bar = tqdm(total=args.max_train_steps, initial=state["step"], desc="Training", disable=hidden)
         self.shown, self.clock = {}, time.perf_counter()
 
     def end_step(self, step: int, grad_norm: torch.Tensor, learning_rate: float, stop: bool = False) -> bool:
@@ -1112,15 +989,10 @@ class MetricsLog:
             record["peak_memory_gb"] = torch.cuda.max_memory_allocated() / 1e9
         self.write(record)
         self.bar.update(1)
-        weights = [r["margin_weight"] for r in self.history[-100:] if r.get("margin_weight") is not None]
-        if step == 100 and np.mean(weights) < 0.01:
-            what = "Over 100 steps the margin's gradient was below 1 % of the SFT term's: this is plain fine-tuning"
-            logger.info(f"{what} on chosen images. Unless that is wanted, lower --beta_mapo.")
         return stop > 0
 
     def write(self, record: dict[str, float]) -> None:
-        # JSON has no NaN and no infinity: null.
-        record = {k: v if math.isfinite(v) else None for k, v in record.items()}
+        record = {k: v if math.isfinite(v) else None for k, v in record.items()}  # JSON has no NaN and no infinity
         self.history.append(record)
         if self.accelerator.is_main_process:
             with open(self.path, "a") as file:
@@ -1136,14 +1008,13 @@ class MetricsLog:
 def plot_curves(history: list[dict], path: Path) -> None:
     """The curves by which a run is judged, with those of the held-out pairs where there are any."""
     from matplotlib.figure import Figure
-    from matplotlib.ticker import MaxNLocator
 
     figure = Figure(figsize=(14, 6), layout="constrained")
     figure.suptitle("Blue: training. Orange: held-out pairs. Strong: running mean of 5 % of the points.", fontsize=10)
     names = ("loss", "margin", "accuracy", "margin_weight", "mse_w", "mse_l")
     for axis, name in zip(figure.subplots(2, 3).flat, names):
         axis.set(title=name, xlabel="step")
-        axis.xaxis.set_major_locator(MaxNLocator(integer=True))
+        axis.locator_params("x", integer=True)
         for key, color in ((name, "tab:blue"), (f"val_{name}", "tab:orange")):
             points = [(record["step"], record[key]) for record in history if record.get(key) is not None]
             if points:
@@ -1151,55 +1022,43 @@ def plot_curves(history: list[dict], path: Path) -> None:
                 window = max(1, len(steps) // 20)
                 axis.plot(steps, values, color=color, alpha=0.3, linewidth=0.8)
                 axis.plot(steps[window - 1 :], np.convolve(values, np.ones(window) / window, "valid"), color=color)
-    save_aside(path, lambda path: figure.savefig(path, dpi=100))
+    figure.savefig(path, dpi=100)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Validation
-# ---------------------------------------------------------------------------------------------------------------------
-
-
+# ---- Validation -----------------------------------------------------------------------------------------------------
 @contextlib.contextmanager
 def averaged(training: Training):
     """The UNet with the EMA's weights, where there is an EMA."""
-    if training.ema is None:
-        yield
-        return
-    training.ema.store(training.parameters)
-    training.ema.copy_to(training.parameters)
+    if training.ema is not None:
+        training.ema.store(training.parameters)
+        training.ema.copy_to(training.parameters)
     yield
-    training.ema.restore(training.parameters)
+    if training.ema is not None:
+        training.ema.restore(training.parameters)
 
 
 @torch.no_grad()
 @torch.compiler.set_stance("force_eager")  # not worth compiling for
-def measure_held_out(training: Training, dataset, noise_scheduler, args, accelerator: Accelerator) -> dict:
-    """Means over the held-out pairs, whose noise and timesteps are the same each time. Every process takes all pairs:
-    a sharded model can be called by all of them together only."""
-    measured, count = [], len(dataset.pairs)
+def measure_held_out(step: int, training: Training, dataset, noise_scheduler, log: MetricsLog, args, accelerator):
+    """Logs means over the held-out pairs, whose noise and timesteps are the same each time; warns once where the
+    winners' error rises. Every process takes all pairs: all of them together must call a sharded model."""
+    measured, positions = [], range(len(dataset.pairs))
     training.model.eval()
     with averaged(training):
-        for first in range(0, count, args.train_batch_size):
-            rows = [dataset[i] for i in range(first, min(first + args.train_batch_size, count))]
-            batch = torch.utils.data.default_collate(rows)
+        for batch in torch.utils.data.DataLoader(dataset, args.train_batch_size, sampler=positions):
             batch["position"] += 2**61  # a position of no training pair
             measured.append(training_step(training.model, batch, noise_scheduler, args, accelerator.device)[1])
     training.model.train()
     names = ("mse_w", "mse_l", "margin", "accuracy")
-    return {f"val_{name}": np.mean(torch.cat([metrics[name] for metrics in measured]).tolist()) for name in names}
-
-
-def warn_of_lost_likelihood(history: list[dict], args: argparse.Namespace) -> None:
-    """Once, where the error on held-out chosen images has risen by more than 5 %."""
-    measured = [(r["step"], r["val_mse_w"]) for r in history if r.get("val_mse_w") is not None]
-    risen = [step for step, error in measured if error > 1.05 * measured[0][1]]
-    if risen == [measured[-1][0]]:
-        good = [p for p in list_checkpoints(Path(args.output_dir)) if int(p.name.split("-")[1]) <= measured[-2][0]]
+    means = {name: np.mean(torch.cat([metrics[name] for metrics in measured]).tolist()) for name in names}
+    log.write({"step": step} | {f"val_{name}": mean for name, mean in means.items()})
+    errors = [(r["step"], r["val_mse_w"]) for r in log.history if r.get("val_mse_w") is not None]
+    risen = [(at, error) for at, error in errors if error > 1.05 * errors[0][1]]
+    if len(risen) == 1 and risen == errors[-1:]:
         logger.warning(
-            f"Step {risen[0]}: the error on held-out chosen images rose from {measured[0][1]:.4g} to "
-            f"{measured[-1][1]:.4g}: the winner's likelihood falls, and images may be ruined. Try --safeguard (0.8 or "
-            f"more), a lower --learning_rate or a larger --beta_mapo. {good[-1] if good else 'No checkpoint'} is from "
-            "before that."
+            f"Step {step}: the error on held-out chosen images rose from {errors[0][1]:.4g} to {errors[-1][1]:.4g}: "
+            "the winner's likelihood falls, and images may be ruined. Try --safeguard (0.8 or more), a lower "
+            f"--learning_rate or a larger --beta_mapo. Checkpoints up to step {errors[-2][0]} are from before that."
         )
 
 
@@ -1209,25 +1068,18 @@ def generate_images(model, pipeline, embeddings: dict, args, accelerator: Accele
     device, count = accelerator.device, len(embeddings["prompt_embeds"]) - 1  # the last row is the empty prompt
     pipeline.unet = model.eval()
     pipeline.vae.to(device)
-    embeddings = {name: value.to(device) for name, value in embeddings.items()}
     # As many calls in every process: a sharded model can be called by all of them together only.
     rows, size = -(-count // accelerator.num_processes), args.train_batch_size
     mine = (np.arange(rows) * accelerator.num_processes + accelerator.process_index) % count
+    options = {"height": args.resolution, "width": args.resolution, "guidance_scale": args.validation_guidance_scale}
+    options |= {"num_inference_steps": args.validation_num_inference_steps, "output_type": "latent"}
     images = []
     for chunk in np.split(mine, range(size, rows, size)):
-        positive = {name: value[chunk] for name, value in embeddings.items()}
-        negative = {f"negative_{name}": value[-1:].expand_as(positive[name]) for name, value in embeddings.items()}
+        positive = {name: value[chunk].to(device) for name, value in embeddings.items()}
+        negative = {f"negative_{name}": value[[-1] * len(chunk)].to(device) for name, value in embeddings.items()}
+        generator = [torch.Generator("cpu").manual_seed(int(i)) for i in chunk]
         with accelerator.autocast(), torch.compiler.set_stance("force_eager"):  # not worth compiling for
-            latents = pipeline(
-                **positive,
-                **negative,
-                height=args.resolution,
-                width=args.resolution,
-                num_inference_steps=args.validation_num_inference_steps,
-                guidance_scale=args.validation_guidance_scale,
-                generator=[torch.Generator("cpu").manual_seed(int(i)) for i in chunk],
-                output_type="latent",
-            ).images
+            latents = pipeline(**positive, **negative, **options, generator=generator).images
         latents = latents.float() / pipeline.vae.config.scaling_factor + (pipeline.vae.config.shift_factor or 0)
         decoded = torch.cat([pipeline.vae.decode(latent[None]).sample for latent in latents])
         images += zip(chunk.tolist(), pipeline.image_processor.postprocess(decoded))
@@ -1241,29 +1093,24 @@ def make_grid(prompts: list[str], before: list[Image.Image], after: list[Image.I
     """Each prompt with its two images under it, base on the left, tuned on the right; at most 12 prompts."""
     from matplotlib import font_manager
 
-    side, head = max(128, min(384, before[0].width)), 42
-    count = min(12, len(prompts))
-    columns = min(4, count)
-    cell_width, cell_height = 2 * side + 24, side + head + 24
+    side, count = max(128, min(384, before[0].width)), min(12, len(prompts))
+    columns, width, height = min(4, count), 2 * side + 24, side + 66
     file = font_manager.findfont("DejaVu Sans")  # PIL's own font has no accents
     font, small = ImageFont.truetype(file, 13), ImageFont.truetype(file, 11)
-    grid = Image.new("RGB", (columns * cell_width, -(-count // columns) * cell_height), "white")
+    grid = Image.new("RGB", (columns * width, -(-count // columns) * height), "white")
     canvas = ImageDraw.Draw(grid)
     for i in range(count):
-        x, y = i % columns * cell_width + 8, i // columns * cell_height
+        x, y = i % columns * width + 8, i // columns * height
         canvas.multiline_text((x, y + 6), "\n".join(textwrap.wrap(prompts[i], side // 4)[:2]), "black", font)
         for left, image, name in ((x, before[i], "before"), (x + side + 4, after[i], "after")):
-            grid.paste(image.resize((side, side), Image.Resampling.LANCZOS), (left, y + head))
-            canvas.text((left + 4, y + head + side), name, "grey", small)
+            grid.paste(image.resize((side, side), Image.Resampling.LANCZOS), (left, y + 42))
+            canvas.text((left + 4, y + 42 + side), name, "grey", small)
     return grid
 
 
 def show_images(step: int, training: Training, data: Data, args, accelerator: Accelerator) -> None:
-    """A grid of the prompts' images before training and now, in the output folder and the trackers.
-
-    Those before training are generated when they are first shown: with the LoRA switched off, or by a UNet that is
-    loaded anew. No gradients are held then: memory has no new peak.
-    """
+    """A grid of the prompts' images before training and now, in the output folder and the trackers. The former are
+    generated when first shown, without the LoRA or by a UNet loaded anew: no gradients are in memory then."""
     sampling = (data.pipeline, data.prompt_embeddings, args, accelerator)
     with averaged(training):
         after = generate_images(training.model, *sampling)
@@ -1279,7 +1126,7 @@ def show_images(step: int, training: Training, data: Data, args, accelerator: Ac
     grid = make_grid(data.prompts, data.images_before, after)
     path = Path(args.output_dir) / ("before_after.png" if step == args.max_train_steps else f"validation/{step}.png")
     path.parent.mkdir(exist_ok=True)
-    save_aside(path, grid.save)
+    grid.save(path)
     for tracker in accelerator.trackers:
         if tracker.name == "tensorboard":
             tracker.log_images({"before_after": np.array(grid)[None]}, step, dataformats="NHWC")
@@ -1287,75 +1134,66 @@ def show_images(step: int, training: Training, data: Data, args, accelerator: Ac
             tracker.log_images({"before_after": [grid]}, step)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Results
-# ---------------------------------------------------------------------------------------------------------------------
-
-
+# ---- Results --------------------------------------------------------------------------------------------------------
 def save_weights(training: Training, args: argparse.Namespace, accelerator: Accelerator) -> None:
     """The LoRA, or the whole pipeline, in diffusers' format. Called by every process: a sharded model is gathered."""
     model, output_dir = training.model, Path(args.output_dir)
-    state = accelerator.get_state_dict(training.unet, unwrap=True)
-    state = {name.replace("_orig_mod.", ""): tensor for name, tensor in state.items()}
+    state = accelerator.get_state_dict(training.unet).items()  # compiled blocks have another name
+    state = {name.replace("_orig_mod.", ""): tensor for name, tensor in state}
     if not accelerator.is_main_process:
         return
     if args.use_lora:
         layers = get_peft_model_state_dict(model, state)
         metadata = diffusers.training_utils._collate_lora_metadata({"unet": model})
-        write = diffusers.StableDiffusionXLPipeline.save_lora_weights
-        save_aside(
-            output_dir / "pytorch_lora_weights.safetensors",
-            lambda path: write(path.parent, layers, weight_name=path.name, **metadata),
-        )
+        diffusers.StableDiffusionXLPipeline.save_lora_weights(output_dir, layers, **metadata)
         if args.output_kohya_format:
-            kohya = diffusers.utils.convert_state_dict_to_kohya(
-                {f"unet.{name}": layer for name, layer in layers.items()}
-            )
+            named = {f"unet.{name}": layer for name, layer in layers.items()}
+            kohya = diffusers.utils.convert_state_dict_to_kohya(named)
             alpha = float(args.lora_alpha or args.rank)  # diffusers writes the rank
             kohya = {name: torch.tensor(alpha) if name.endswith(".alpha") else t for name, t in kohya.items()}
-            save_aside(output_dir / "pytorch_lora_weights_kohya.safetensors", lambda path: save_file(kohya, path))
+            save_file(kohya, output_dir / "pytorch_lora_weights_kohya.safetensors")
         return
-
     with torch.device("meta"):  # its own weights would be random numbers
         whole = diffusers.UNet2DConditionModel.from_config(model.config)
     whole.load_state_dict(state, assign=True)
-    # By default as it was trained: at a learning rate of 1e-7 an update is lost in fewer bits than fp32's.
-    dtype = {"fp32": torch.float32, **HALF_DTYPES}.get(args.save_dtype)
-    pipeline = load_pipeline(args, dtype or torch.float32)
+    pipeline = load_pipeline(args, torch.float32)
     pipeline.register_modules(unet=whole)
-    if dtype is not None:
-        pipeline.to(dtype=dtype)
-    aside = output_dir / "tmp-pipeline"
-    pipeline.save_pretrained(aside)
-    for path in sorted(aside.iterdir()):
-        target = output_dir / path.name
-        if target.is_dir():
-            shutil.rmtree(target)
-        os.replace(path, target)
-    aside.rmdir()
+    if args.save_dtype is not None:  # else as trained: an update at a rate of 1e-7 is lost in fewer bits than fp32's
+        pipeline.to(dtype={"fp32": torch.float32, **HALF_DTYPES}[args.save_dtype])
+    pipeline.save_pretrained(output_dir)
 
 
 def save_model_card(prompts: list[str], args: argparse.Namespace) -> None:
     """README.md: what the run has made and how to load it; in the demo a report too, which is printed as well."""
-    base, output_dir, tuned = args.pretrained_model_name_or_path, Path(args.output_dir), args.hub_model_id
-    tuned, report, fence = tuned or args.output_dir, "", "`" * 12  # longer than any that a prompt may have
+    base, tuned, report = args.pretrained_model_name_or_path, args.hub_model_id or args.output_dir, ""
     if args.demo and not args.skip_final_inference:
         from demo.report import preference_report
 
         report = preference_report(args.output_dir, base if args.use_lora else None)
         print(report)
+    grid = None if args.skip_final_inference else "before_after.png"
+    tags = ["stable-diffusion-xl", "text-to-image", "diffusers", "mapo", "preference-tuning"]
+    data = ModelCardData(
+        base_model=None if Path(base).exists() else base,  # the hub refuses a local path
+        datasets=None if Path(args.dataset_name).exists() else [args.dataset_name],
+        library_name="diffusers",
+        license="openrail++" if base.startswith("stabilityai/stable-diffusion-xl") else None,
+        pipeline_tag="text-to-image",
+        tags=[*tags, "lora"] if args.use_lora else tags,
+        widget=[{"text": prompts[0], "output": {"url": grid}}] if grid else None,
+    )
     hidden = ("hub_token", "cache_dir", "output_dir", "resume_from_checkpoint")
     settings = {"beta_mapo": args.beta_mapo} | {n: getattr(args, n) for n in args.changed if n not in hidden}
-    shown = [name for name in ("before_after.png", "curves.png") if (output_dir / name).exists()]
     load_lora = f"pipeline.load_lora_weights({tuned!r})\n" if args.use_lora else ""
-    card = ModelCard(f"""---
-{{}}
+    fence = "`" * 12  # longer than any that a prompt may have
+    card = f"""---
+{data.to_yaml()}
 ---
 # {Path(tuned).name}
 
 SDXL's UNet, tuned on preference pairs with [MaPO](https://huggingface.co/papers/2406.06424).
 
-{" ".join(f"![{name}]({name})" for name in shown)}
+{f"![{grid}]({grid})" if grid else ""} ![curves.png](curves.png)
 
 {fence}python
 import torch
@@ -1371,31 +1209,18 @@ pipeline = StableDiffusionXLPipeline.from_pretrained(name, dtype=torch.float16).
 
 What differs from the script's defaults: {json.dumps(settings, indent=2)}
 {fence}
-""")
-    card.data = ModelCardData(
-        base_model=None if Path(base).exists() else base,  # the hub refuses a local path
-        datasets=None if Path(args.dataset_name).exists() else [args.dataset_name],
-        license="openrail++" if base.startswith("stabilityai/stable-diffusion-xl") else None,
-        pipeline_tag="text-to-image",
-        widget=[{"text": prompts[0], "output": {"url": shown[0]}}] if "before_after.png" in shown else None,
-    )
-    tags = ["stable-diffusion-xl", "text-to-image", "diffusers", "mapo", "preference-tuning"]
-    card = diffusers.utils.hub_utils.populate_model_card(card, [*tags, "lora"] if args.use_lora else tags)
-    save_aside(output_dir / "README.md", card.save)
+"""
+    (Path(args.output_dir) / "README.md").write_text(card, encoding="utf-8")
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Main
-# ---------------------------------------------------------------------------------------------------------------------
-
-
+# ---- Main -----------------------------------------------------------------------------------------------------------
 def prepare_run(args: argparse.Namespace) -> Accelerator:
     """The accelerator, writable folders, and a quiet console: from libraries only errors, and bars of downloads."""
     accelerator = Accelerator(
         gradient_accumulation_steps=args.gradient_accumulation_steps,
         mixed_precision=args.mixed_precision,
         log_with=None if args.report_to == "none" else args.report_to,
-        project_config=ProjectConfiguration(args.output_dir, os.path.join(args.output_dir, args.logging_dir)),
+        project_dir=os.path.join(args.output_dir, args.logging_dir),
         kwargs_handlers=[
             InitProcessGroupKwargs(timeout=timedelta(hours=6)),  # one process may encode for longer than another
             DistributedDataParallelKwargs(gradient_as_bucket_view=True),  # else a second copy of the gradients
@@ -1403,20 +1228,16 @@ def prepare_run(args: argparse.Namespace) -> Accelerator:
         ],
     )
     diffusers.utils.check_min_version("0.42.0")
-    console = logging.StreamHandler()
-    # Above a progress bar, and without the "[RANK 0] " that accelerate puts before each line.
+    console = logging.StreamHandler()  # above a progress bar, without accelerate's "[RANK 0] "
     console.emit = lambda record: tqdm.write(console.format(record).removeprefix("[RANK 0] "), file=sys.stderr)
     logging.basicConfig(format="%(message)s", level=logging.ERROR, handlers=[console])
     logger.setLevel(logging.INFO)
-    logging.getLogger("xformers").setLevel(logging.ERROR)  # where it is installed for another torch
-    transformers.utils.logging.set_verbosity_error()
-    transformers.utils.logging.disable_progress_bar()
-    huggingface_hub.utils.enable_progress_bars()  # which the line above switches off: downloads are to be seen
-    diffusers.utils.logging.set_verbosity(logging.CRITICAL)  # what it logs as an error is raised too
-    diffusers.utils.logging.disable_progress_bar()
+    for library in (transformers, diffusers):
+        library.utils.logging.set_verbosity(logging.CRITICAL)  # what they log as an error is raised too
+        library.utils.logging.disable_progress_bar()
+    huggingface_hub.utils.enable_progress_bars()  # which transformers switches off: downloads are to be seen
 
-    launched = int(os.environ.get("WORLD_SIZE", 1))
-    if launched != accelerator.num_processes:  # each would train alone, into the same folder
+    if (launched := int(os.environ.get("WORLD_SIZE", 1))) != accelerator.num_processes:  # each would train alone
         fail(f"{launched} processes were launched but don't find one another; on CPUs set ACCELERATE_USE_CPU=true")
     if accelerator.distributed_type == "FSDP" and args.use_ema:
         fail("--use_ema: not with FSDP; see configs/zero2.yaml")
@@ -1455,11 +1276,11 @@ def watch_signals() -> list[str]:  # twin
 def train(first_step, training, data, noise_scheduler, run, log, args, accelerator) -> bool:
     """All steps from `first_step` on; False where a signal came before the last."""
     unet, ema = training.unet, training.ema
-    measuring = (training, data.held_out, noise_scheduler, args, accelerator)
+    measuring = (training, data.held_out, noise_scheduler, log, args, accelerator)
     signals, step, pairs_in_step = watch_signals(), first_step, pairs_per_step(args, accelerator)
     patience = args.max_nonfinite_steps + (20 if accelerator.scaler else 0)  # fp16 finds its scale by such steps
     if data.held_out and not log.history:
-        log.write({"step": step} | measure_held_out(*measuring))
+        measure_held_out(step, *measuring)
     for batch in make_batches(data.train, first_step, args, accelerator):
         with accelerator.accumulate(unet):
             loss, metrics = training_step(unet, batch, noise_scheduler, args, accelerator.device)
@@ -1485,14 +1306,13 @@ def train(first_step, training, data, noise_scheduler, run, log, args, accelerat
         stop = log.end_step(step, grad_norm, training.lr_scheduler.get_last_lr()[0], bool(signals))
         validate = step % args.validation_steps == 0 or step == args.max_train_steps
         if data.held_out and validate:
-            log.write({"step": step} | measure_held_out(*measuring))
-            warn_of_lost_likelihood(log.history, args)
+            measure_held_out(step, *measuring)
         if skip and accelerator.distributed_type == "DEEPSPEED":  # it updates before its norm is known
             fail(f"step {step} isn't finite, and DeepSpeed has applied it; resume with a lower --learning_rate")
         diverged = log.skipped_in_a_row >= patience
         if step % args.checkpointing_steps == 0 or stop or diverged:
-            state = run | {"pairs": hash_of(data.train.pairs[: step * pairs_in_step])}
-            saved = save_checkpoint(step, state, args, accelerator)
+            settings = run | {"pairs": hash_of(data.train.pairs[: step * pairs_in_step])}
+            saved = save_checkpoint(step, settings, log.history, args, accelerator)
         if diverged:
             what = f"{log.skipped_in_a_row} steps in a row had a loss or gradient that isn't finite"
             fail(f"{what}; {saved} has the weights as they were. Try a lower --learning_rate, or bf16 instead of fp16")
@@ -1527,35 +1347,34 @@ def main(args: argparse.Namespace) -> None:
         name = args.hub_model_id or Path(args.output_dir).resolve().name
         with blame("push_to_hub", name):
             args.hub_model_id = create_repo(name, exist_ok=True, token=args.hub_token).repo_id
-    checkpoint, pairs_in_step = find_checkpoint(args), pairs_per_step(args, accelerator)
-    kind, processes = accelerator.distributed_type, accelerator.num_processes
+    kind, pairs_in_step = accelerator.distributed_type, pairs_per_step(args, accelerator)
+    kind = f"{kind.value} with {accelerator.num_processes}" if kind in SHARDED else "replicas"
     run = {f"--{name}": value for name, value in sorted(vars(args).items()) if name not in FREE_SETTINGS}
-    run |= {"pairs in a step": pairs_in_step}
-    run |= {"a run of": f"{kind.value} with {processes}" if kind in SHARDED else "replicas"}
-    check_resumption(checkpoint, run)
+    run |= {"pairs in a step": pairs_in_step, "a run of": kind}
+    checkpoint, state = find_checkpoint(args, run)
+    first_step = state["step"]
 
     source = open_source(args, args.dataset_split_name, args.max_train_samples)
-    held_out = None
-    if args.validation_split_name and args.num_validation_pairs:
-        held_out = open_source(args, args.validation_split_name)
+    split = args.validation_split_name if args.num_validation_pairs else None
+    held_out = open_source(args, split) if split else None
     if args.max_train_steps is None:
         if source.length is None:
             fail("--num_train_epochs: a stream's length isn't known; name --max_train_steps")
         pairs_in_epoch = source.length - (0 if held_out else args.num_validation_pairs)
         args.max_train_steps = max(1, math.ceil(args.num_train_epochs * pairs_in_epoch / pairs_in_step))
-    first_step = 0 if checkpoint is None else json.loads((checkpoint / "state.json").read_text())["step"]
     if first_step > args.max_train_steps:
         fail(f"--max_train_steps {args.max_train_steps}: {checkpoint.name} is beyond it; name more steps")
 
     unet, noise_scheduler = load_unet(args, accelerator)
     pipeline = load_pipeline(args, HALF_DTYPES.get(accelerator.mixed_precision, torch.float32))
     data = encode_data(source, held_out, pipeline, args, accelerator)
-    check_resumption(checkpoint, {"pairs": hash_of(data.train.pairs[: first_step * pairs_in_step])})
+    if checkpoint and state["run"]["pairs"] != hash_of(data.train.pairs[: first_step * pairs_in_step]):
+        fail(f"--dataset_name {args.dataset_name}: its pairs aren't those that {checkpoint.name} was trained with")
     training = prepare_training(unet.to(accelerator.device), checkpoint, args, accelerator)
     accelerator.init_trackers("mapo", config={k: str(v) for k, v in vars(args).items() if k != "hub_token"})
 
     logger.info(f"First step after {time.perf_counter() - started:.1f} s.")
-    log = MetricsLog(first_step, checkpoint, args, accelerator)
+    log = MetricsLog(state, args, accelerator)
     with log.bar:
         finished = train(first_step, training, data, noise_scheduler, run, log, args, accelerator)
     if finished:

@@ -74,6 +74,7 @@ import sys
 import tempfile
 import textwrap
 import time
+import uuid
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
@@ -114,11 +115,7 @@ PACKAGES = {"adamw_8bit": "bitsandbytes", "prodigy": "prodigyopt"}
 PACKAGES |= {tracker: tracker for tracker in ("tensorboard", "wandb", "trackio")}
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Arguments
-# ---------------------------------------------------------------------------------------------------------------------
-
-
+# ---- Arguments ------------------------------------------------------------------------------------------------------
 def number(kind: type, interval: str, text: str) -> int | float:  # twin
     """With `partial`, an argparse type: an int or a float within an interval such as "[0, 1)"."""
     try:
@@ -332,10 +329,7 @@ def blame(flag: str, value: str):  # twin
         fail(f"--{flag} {value}: {cause}")
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Models
-# ---------------------------------------------------------------------------------------------------------------------
-
+# ---- Models ---------------------------------------------------------------------------------------------------------
 
 # What --mixed_precision computes in; without it, fp32.
 HALF_DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16}
@@ -487,10 +481,7 @@ class TokenEmbedding(torch.nn.Module):
         return torch.where((input_ids >= self.first)[..., None], new, old)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Data
-# ---------------------------------------------------------------------------------------------------------------------
-
+# ---- Data -----------------------------------------------------------------------------------------------------------
 
 IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff"}
 
@@ -620,6 +611,14 @@ def prepare_image(image: Image.Image, resolution: int) -> tuple[torch.Tensor, li
     return pixels, [height, width, int(top * scale), int(left * scale), resolution, resolution]
 
 
+def save_aside(path: Path, save) -> None:  # twin
+    """`save(path)` under another name first: a kill leaves no half file, and two runs may save the same at once."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    aside = path.with_name(f"tmp-{uuid.uuid4().hex}-{path.name}")
+    save(aside)
+    os.replace(aside, path)
+
+
 def find_rejected(photos: list[Photo], args: argparse.Namespace) -> list[list[Image.Image]]:
     """As many of the images in --rejected_data_dir for each photo as --num_rejected_per_image asks for."""
     folder, needed, found = Path(args.rejected_data_dir), args.num_rejected_per_image, []
@@ -669,11 +668,7 @@ def generate_rejected(step: int, photos: list[Photo], model, args, accelerator: 
     return [[decode_image(file) for file in row] for row in files]
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Encoding
-# ---------------------------------------------------------------------------------------------------------------------
-
-
+# ---- Encoding -------------------------------------------------------------------------------------------------------
 def hash_of(*parts) -> str:  # twin
     """Hash of modules (by their weights), bytes, and whatever has a `repr`."""
     digest = hashlib.sha256()
@@ -745,11 +740,7 @@ class PhotoSet(torch.nn.Module):
         return batch
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Training
-# ---------------------------------------------------------------------------------------------------------------------
-
-
+# ---- Training -------------------------------------------------------------------------------------------------------
 def sample_noise(  # twin
     positions: torch.Tensor, shape: torch.Size, num_timesteps: int, offset: float, seed: int, device: torch.device
 ) -> tuple[torch.Tensor, torch.Tensor]:
@@ -847,37 +838,11 @@ def make_optimizer(model: PersonalizedModel, scale: float, args: argparse.Namesp
     return torch.optim.AdamW(groups, **options, fused=True)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Checkpoints
-# ---------------------------------------------------------------------------------------------------------------------
-
-
+# ---- Checkpoints ----------------------------------------------------------------------------------------------------
 def list_checkpoints(output_dir: Path) -> list[Path]:  # twin
-    """Whole checkpoints, oldest first: those whose files have the sizes that `state.json` says."""
-    found = {}
-    for path in output_dir.glob("checkpoint-*"):
-        with contextlib.suppress(OSError, ValueError, KeyError):
-            state = json.loads((path / "state.json").read_text())
-            if all((path / name).stat().st_size == size for name, size in state["sizes"].items()):
-                found[path] = state["step"]
-    return sorted(found, key=found.get)
-
-
-def find_checkpoint(args: argparse.Namespace) -> Path | None:  # twin
-    """The folder that `--resume_from_checkpoint` names; None where training starts from scratch."""
-    if args.resume_from_checkpoint is None:
-        return None
-    if args.resume_from_checkpoint != "latest":
-        checkpoint = Path(args.resume_from_checkpoint)
-        if checkpoint not in list_checkpoints(checkpoint.parent):
-            fail(f"--resume_from_checkpoint {checkpoint}: no whole checkpoint; try `latest`")
-        return checkpoint
-    checkpoints = list_checkpoints(Path(args.output_dir))
-    for broken in sorted(set(Path(args.output_dir).glob("checkpoint-*")) - set(checkpoints)):
-        logger.info(f"{broken} is not a whole checkpoint and is passed over.")
-    if not checkpoints:
-        logger.info(f"No checkpoint in {args.output_dir} yet: training starts from scratch.")
-    return checkpoints[-1] if checkpoints else None
+    """Oldest first. `state.json` is written last and deleted first: a folder with it is whole."""
+    found = output_dir.glob("checkpoint-*/state.json")
+    return [file.parent for file in sorted(found, key=lambda file: json.loads(file.read_text())["step"])]
 
 
 # What may change when a run is resumed. The photos may move, but must be the same.
@@ -890,19 +855,28 @@ FREE_SETTINGS = frozenset(
 )
 
 
-def check_resumption(checkpoint: Path | None, now: dict) -> None:  # twin
-    """Ends the run with one line where it can't go on as the checkpoint's run would have."""
-    if checkpoint is None:
-        return
-    then = json.loads((checkpoint / "state.json").read_text())["run"]
-    for name, value in now.items():
-        if then.get(name) != value:
-            fail(
-                f"{name} {value}: {checkpoint.name} was trained with {then.get(name)}; keep it or change --output_dir"
-            )
+def find_checkpoint(args: argparse.Namespace, run: dict) -> tuple[Path | None, dict]:  # twin
+    """The folder that `--resume_from_checkpoint` names, and its state; None where training starts from scratch. Ends
+    the run with one line where it can't go on as the checkpoint's run would have."""
+    if args.resume_from_checkpoint is None:
+        return None, {"step": 0, "history": []}
+    checkpoint = Path(args.resume_from_checkpoint)
+    if args.resume_from_checkpoint == "latest":
+        checkpoints = list_checkpoints(Path(args.output_dir))
+        if not checkpoints:
+            logger.info(f"No checkpoint in {args.output_dir} yet: training starts from scratch.")
+            return None, {"step": 0, "history": []}
+        checkpoint = checkpoints[-1]
+    if not (checkpoint / "state.json").is_file():
+        fail(f"--resume_from_checkpoint {checkpoint}: no whole checkpoint; try `latest`")
+    state = json.loads((checkpoint / "state.json").read_text())
+    for name, value in run.items():
+        if (then := state["run"].get(name)) != value:
+            fail(f"{name} {value}: {checkpoint.name} was trained with {then}; keep it or change --output_dir")
+    return checkpoint, state
 
 
-def save_checkpoint(step: int, run: dict, args: argparse.Namespace, accelerator: Accelerator) -> Path:  # twin
+def save_checkpoint(step: int, run: dict, history: list[dict], args, accelerator: Accelerator) -> Path:  # twin
     """Weights, optimizer, learning rate schedule, EMA and random states, written aside and then renamed."""
     folder = Path(args.output_dir) / f"checkpoint-{step}"
     aside = folder.with_name(f"tmp-{folder.name}")
@@ -916,40 +890,28 @@ def save_checkpoint(step: int, run: dict, args: argparse.Namespace, accelerator:
         raise OSError(f"--output_dir {args.output_dir}: {folder.name} can't be written ({error})") from error
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:
-        sizes = {str(p.relative_to(aside)): p.stat().st_size for p in aside.rglob("*") if p.is_file()}
-        (aside / "state.json").write_text(json.dumps({"step": step, "sizes": sizes, "run": run}, indent=2))
+        (aside / "state.json").write_text(json.dumps({"step": step, "run": run, "history": history}))
+        (folder / "state.json").unlink(missing_ok=True)
         shutil.rmtree(folder, ignore_errors=True)
         os.replace(aside, folder)
         for old in list_checkpoints(Path(args.output_dir))[: -args.checkpoints_total_limit]:
+            (old / "state.json").unlink()  # first: a kill may leave the rest
             shutil.rmtree(old)
     accelerator.wait_for_everyone()
     return folder
-
-
-def save_aside(path: Path, save) -> None:  # twin
-    """`save(path)` under another name first, so that a kill leaves no half file."""
-    aside = path.with_name(f"tmp-{path.name}")
-    save(aside)
-    os.replace(aside, path)
 
 
 class MetricsLog:
     """Writes what is measured to metrics.jsonl, the trackers and the progress bar. `history` has one record per step,
     those before a resumption too."""
 
-    def __init__(self, first_step: int, checkpoint: Path | None, args, accelerator: Accelerator) -> None:
+    def __init__(self, state: dict, args: argparse.Namespace, accelerator: Accelerator) -> None:
         self.accelerator, self.path = accelerator, Path(args.output_dir) / "metrics.jsonl"
-        self.history, self.skipped_in_a_row = [], 0
-        before = None if checkpoint is None else checkpoint.parent / "metrics.jsonl"
-        if before is not None and before.exists():  # a kill may have halved the last line
-            lines = [line for line in before.read_text().splitlines(keepends=True) if line.endswith("\n")]
-            self.history = [record for line in lines if (record := json.loads(line))["step"] <= first_step]
-        accelerator.wait_for_everyone()  # all have read before any writes
+        self.history, self.skipped_in_a_row = state["history"], 0
         if accelerator.is_main_process:
-            text = "".join(f"{json.dumps(record)}\n" for record in self.history)
-            save_aside(self.path, lambda path: path.write_text(text))
+            self.path.write_text("".join(f"{json.dumps(record)}\n" for record in self.history))
         hidden = not accelerator.is_main_process
-        self.bar = tqdm(total=args.max_train_steps, initial=first_step, desc="Training", disable=hidden)
+        self.bar = tqdm(total=args.max_train_steps, initial=state["step"], desc="Training", disable=hidden)
         self.clock = time.perf_counter()
 
     def end_step(self, step: int, metrics: dict, learning_rate: float, photos: int, stop: bool) -> bool:
@@ -995,14 +957,10 @@ def plot_curves(history: list[dict], path: Path) -> None:
         window = max(1, len(steps) // 20)
         axis.plot(steps, values, color="tab:blue", alpha=0.3, linewidth=0.8)
         axis.plot(steps[window - 1 :], np.convolve(values, np.ones(window) / window, "valid"), color="tab:blue")
-    save_aside(path, lambda path: figure.savefig(path, dpi=100))
+    figure.savefig(path, dpi=100)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Validation
-# ---------------------------------------------------------------------------------------------------------------------
-
-
+# ---- Validation -----------------------------------------------------------------------------------------------------
 @torch.no_grad()
 def generate_images(model, prompts: list[str], seeds: list[int], args, accelerator: Accelerator) -> list[Image.Image]:
     """One image per prompt and seed, by the model as it is now; split over processes."""
@@ -1081,7 +1039,7 @@ def log_validation(
     grid, done = make_grid(rows), step == args.max_train_steps
     path = Path(args.output_dir) / ("before_after.png" if done else f"validation/{step}.png")
     path.parent.mkdir(exist_ok=True)
-    save_aside(path, grid.save)
+    grid.save(path)
     for tracker in accelerator.trackers:
         if tracker.name == "tensorboard":
             tracker.log_images({"before_after": np.array(grid)[None]}, step, dataformats="NHWC")
@@ -1090,11 +1048,7 @@ def log_validation(
     return after[n:]
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Results
-# ---------------------------------------------------------------------------------------------------------------------
-
-
+# ---- Results --------------------------------------------------------------------------------------------------------
 def save_weights(model, args: argparse.Namespace) -> None:
     """LoRA and rows of tokens, in the files that diffusers' loaders read."""
     output_dir, layers = Path(args.output_dir), {}
@@ -1105,20 +1059,16 @@ def save_weights(model, args: argparse.Namespace) -> None:
     # PEFT's names: diffusers' older ones do not exist for all layers, and its loader drops one kind of a mixed file.
     options = {f"{part}_lora_layers": named for part, named in layers.items()}
     options |= diffusers.training_utils._collate_lora_metadata(model.adapted)
-    write, file = (
-        diffusers.StableDiffusionXLPipeline.save_lora_weights,
-        output_dir / "pytorch_lora_weights.safetensors",
-    )
-    save_aside(file, lambda path: write(path.parent, weight_name=path.name, **options))
+    diffusers.StableDiffusionXLPipeline.save_lora_weights(output_dir, **options)
     if args.output_kohya_format:
         named = {f"{part}.{name}": layer for part, found in layers.items() for name, layer in found.items()}
         kohya = diffusers.utils.convert_state_dict_to_kohya(named)
         alpha = float(args.lora_alpha or args.rank)  # diffusers writes the rank
         kohya = {name: torch.tensor(alpha) if name.endswith(".alpha") else t for name, t in kohya.items()}
-        save_aside(output_dir / "pytorch_lora_weights_kohya.safetensors", lambda path: save_file(kohya, path))
+        save_file(kohya, output_dir / "pytorch_lora_weights_kohya.safetensors")
     if model.tokens:
         rows = {key: tokens.rows.detach().cpu() for key, tokens in zip(("clip_l", "clip_g"), model.tokens)}
-        save_aside(output_dir / "learned_embeds.safetensors", lambda path: save_file(rows, path))
+        save_file(rows, output_dir / "learned_embeds.safetensors")
 
 
 def save_model_card(prompt: str, images: list[Image.Image], report: str, args: argparse.Namespace) -> str:
@@ -1167,7 +1117,7 @@ Settings that are not the defaults, and some that matter:
 {fence}
 """)
     for i, image in enumerate(images):
-        save_aside(output_dir / f"image_{i}.png", image.save)
+        image.save(output_dir / f"image_{i}.png")
     shown = zip(args.validation_prompts, range(len(images)))
     card.data = ModelCardData(
         base_model=None if Path(base).exists() else base,  # the hub refuses a local path
@@ -1178,7 +1128,7 @@ Settings that are not the defaults, and some that matter:
     )
     tags = ["stable-diffusion-xl", "text-to-image", "diffusers", "mapo", "lora", "dreambooth"]
     diffusers.utils.hub_utils.populate_model_card(card, [*tags, "textual-inversion"] if tokens else tags)
-    save_aside(output_dir / "README.md", card.save)
+    card.save(output_dir / "README.md")
     return usage
 
 
@@ -1208,11 +1158,7 @@ def save_results(model, history: list[dict], photos: list[Photo], rejected, befo
     print(*filter(None, (report, usage)), sep="\n\n")
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Main
-# ---------------------------------------------------------------------------------------------------------------------
-
-
+# ---- Main -----------------------------------------------------------------------------------------------------------
 def prepare_run(args: argparse.Namespace) -> Accelerator:
     """The accelerator, writable folders, and a quiet console: from libraries only errors, and bars of downloads."""
     accelerator = Accelerator(
@@ -1322,9 +1268,8 @@ def main(args: argparse.Namespace) -> None:
     run = {f"--{name}": value for name, value in sorted(vars(args).items()) if name not in FREE_SETTINGS}
     hashed = [hash_of(p.name, p.caption, p.base_caption, p.image.tobytes()) for p in photos]
     run |= {"photos in a step": photos_in_all, "photos and captions of --instance_data_dir": hash_of(hashed)}
-    checkpoint = find_checkpoint(args)
-    check_resumption(checkpoint, run)
-    first_step = 0 if checkpoint is None else json.loads((checkpoint / "state.json").read_text())["step"]
+    checkpoint, state = find_checkpoint(args, run)
+    first_step = state["step"]
     if first_step > args.max_train_steps:
         fail(f"--max_train_steps {args.max_train_steps}: {checkpoint.name} is beyond it; name more steps")
 
@@ -1333,7 +1278,7 @@ def main(args: argparse.Namespace) -> None:
         rejected = generate_rejected(0, photos, model, args, accelerator)
     if rejected and accelerator.is_main_process:
         rows = [(p.name, [p.caption] + [p.base_caption] * len(r), [p.image, *r]) for p, r in zip(photos, rejected)]
-        save_aside(Path(args.output_dir) / "chosen_rejected.png", make_grid(rows).save)
+        make_grid(rows).save(Path(args.output_dir) / "chosen_rejected.png")
     dataset = PhotoSet(photos, args)
     vae = model.pipeline.vae
     dataset.encode(rejected, vae, accelerator.device)
@@ -1358,7 +1303,7 @@ def main(args: argparse.Namespace) -> None:
     accelerator.init_trackers("mapo", config={k: str(v) for k, v in vars(args).items() if k != "hub_token"})
 
     logger.info(f"First step after {time.perf_counter() - started:.1f} s.")
-    log, signals, before = MetricsLog(first_step, checkpoint, args, accelerator), watch_signals(), []
+    log, signals, before = MetricsLog(state, args, accelerator), watch_signals(), []
     patience = args.max_nonfinite_steps + (20 if accelerator.scaler else 0)  # fp16 finds its scale by such steps
     stop = False
     for step in range(first_step + 1, args.max_train_steps + 1):
@@ -1375,7 +1320,7 @@ def main(args: argparse.Namespace) -> None:
             dataset.encode(rejected, vae, accelerator.device)
         diverged = log.skipped_in_a_row >= patience
         if step % args.checkpointing_steps == 0 or stop or diverged:
-            saved = save_checkpoint(step, run, args, accelerator)
+            saved = save_checkpoint(step, run, log.history, args, accelerator)
         if diverged:
             what = f"{log.skipped_in_a_row} steps in a row had a loss or gradient that isn't finite"
             fail(f"{what}; {saved} has the weights as they were. Try a lower --learning_rate, or bf16 instead of fp16")

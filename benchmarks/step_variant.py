@@ -29,6 +29,7 @@ import sys
 import tempfile
 import time
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from unittest import mock
 
@@ -36,6 +37,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image
+from safetensors.torch import save_file
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -168,12 +170,13 @@ class RandomPairs(script.EncodedPairs):
         time_ids = torch.tensor([[args.resolution, args.resolution, 0, 0, args.resolution, args.resolution]]).float()
         for key in keys:
             latents = torch.from_numpy(draw.standard_normal((1, *sizes["latents"]), dtype=np.float32)).half()
-            script.save_entry(folder, key, {"latents": latents, "time_ids": time_ids})
+            entry = {"latents": latents, "time_ids": time_ids}
+            script.save_aside(script.entry_path(folder, key), partial(save_file, entry))
         embeddings = {
             name: torch.from_numpy(draw.standard_normal(sizes[name], dtype=np.float32)).half()
             for name in ("prompt_embeds", "pooled_prompt_embeds")
         }
-        script.save_entry(folder, script.hash_of(CAPTION), embeddings)
+        script.save_aside(script.entry_path(folder, script.hash_of(CAPTION)), partial(save_file, embeddings))
         pairs = [script.Pair(*two, CAPTION) for two in zip(keys[::2], keys[1::2])]
         super().__init__(pairs, folder, folder, seed=args.seed, flip=0, drop=0)
         self.variant, self.resolution, self.file = variant, args.resolution, make_jpeg(args.resolution)
@@ -323,7 +326,7 @@ class Training:
         self.method = METHODS[variant.method](unet, reference)
         training = script.prepare_training(unet, None, args, accelerator)
         self.unet, self.optimizer, self.lr_scheduler = training.unet, training.optimizer, training.lr_scheduler
-        self.log, self.done = script.MetricsLog(0, None, args, accelerator), 0
+        self.log, self.done = script.MetricsLog({"step": 0, "history": []}, args, accelerator), 0
         self.dataset = RandomPairs(variant, args, cache)
         self.feed(args.train_batch_size)
 

@@ -355,10 +355,6 @@ BAD = {
         lambda p: [*parquet(p), "--chosen_column=a", "--rejected_column=jpg_1"],
         "no column a among caption, jpg_0",
     ),
-    "one column twice": (
-        lambda p: [*parquet(p), "--chosen_column=jpg_0", "--rejected_column=jpg_0"],
-        "column jpg_0 is named as both images",
-    ),
     "a stream of ties": (lambda p: [*parquet(p, label_0=[0.5] * 8), "--streaming"], "no row can be used"),
     "a stream of noise": (lambda p: ["--dataset_name=" + file(p, "x.parquet", b"no"), "--streaming"], "x.parquet: "),
     "folders: empty": (lambda p: folders(p, **{"w/0.png": None, "l/0.png": None}), "data: it has no rows"),
@@ -454,7 +450,7 @@ OTHER = [
     ("--optimizer=adafactor", "--optimizer adafactor: checkpoint-12 was trained with adamw"),
     ("--max_train_samples=4", "--max_train_samples 4: checkpoint-12 was trained with None"),
     ("--max_train_steps=8", "--max_train_steps 8: checkpoint-12 is beyond it"),
-    ("--dataset_name", "pairs "),
+    ("--dataset_name", "its pairs aren't those that checkpoint-12 was trained with"),
 ]
 
 
