@@ -871,8 +871,7 @@ def prepare_training(model, checkpoint: Path | None, args: argparse.Namespace, a
         model.forward = torch.autocast(accelerator.device.type, half, cache_enabled=False)(model.forward)
     if kind == "DEEPSPEED":
         config = accelerator.state.deepspeed_plugin.deepspeed_config
-        config["train_micro_batch_size_per_gpu"] = args.train_batch_size
-        config["gradient_clipping"] = args.max_grad_norm
+        config |= {"train_micro_batch_size_per_gpu": args.train_batch_size, "gradient_clipping": args.max_grad_norm}
         config["bf16"]["enabled"] = config["fp16"]["enabled"] = False
     elif kind == "FSDP" and half is not None:
         options = {"reduce_dtype": torch.float32, "cast_forward_inputs": False}  # else time_ids would be cast
@@ -1138,20 +1137,20 @@ def show_images(step: int, training: Training, data: Data, args, accelerator: Ac
 def save_weights(training: Training, args: argparse.Namespace, accelerator: Accelerator) -> None:
     """The LoRA, or the whole pipeline, in diffusers' format. Called by every process: a sharded model is gathered."""
     model, output_dir = training.model, Path(args.output_dir)
-    state = accelerator.get_state_dict(training.unet).items()  # compiled blocks have another name
-    state = {name.replace("_orig_mod.", ""): tensor for name, tensor in state}
+    state = accelerator.get_state_dict(training.unet)
+    state = {name.replace("_orig_mod.", ""): tensor for name, tensor in state.items()}  # of compiled blocks
     if not accelerator.is_main_process:
         return
     if args.use_lora:
         layers = get_peft_model_state_dict(model, state)
         metadata = diffusers.training_utils._collate_lora_metadata({"unet": model})
-        diffusers.StableDiffusionXLPipeline.save_lora_weights(output_dir, layers, **metadata)
+        write = partial(diffusers.StableDiffusionXLPipeline.save_lora_weights, output_dir, layers, **metadata)
+        save_aside(output_dir / "pytorch_lora_weights.safetensors", lambda path: write(weight_name=path.name))
         if args.output_kohya_format:
-            named = {f"unet.{name}": layer for name, layer in layers.items()}
-            kohya = diffusers.utils.convert_state_dict_to_kohya(named)
+            kohya = diffusers.utils.convert_state_dict_to_kohya({f"unet.{name}": t for name, t in layers.items()})
             alpha = float(args.lora_alpha or args.rank)  # diffusers writes the rank
             kohya = {name: torch.tensor(alpha) if name.endswith(".alpha") else t for name, t in kohya.items()}
-            save_file(kohya, output_dir / "pytorch_lora_weights_kohya.safetensors")
+            save_aside(output_dir / "pytorch_lora_weights_kohya.safetensors", partial(save_file, kohya))
         return
     with torch.device("meta"):  # its own weights would be random numbers
         whole = diffusers.UNet2DConditionModel.from_config(model.config)
@@ -1160,7 +1159,12 @@ def save_weights(training: Training, args: argparse.Namespace, accelerator: Acce
     pipeline.register_modules(unet=whole)
     if args.save_dtype is not None:  # else as trained: an update at a rate of 1e-7 is lost in fewer bits than fp32's
         pipeline.to(dtype={"fp32": torch.float32, **HALF_DTYPES}[args.save_dtype])
-    pipeline.save_pretrained(output_dir)
+    aside = output_dir / "tmp-pipeline"
+    pipeline.save_pretrained(aside)
+    for part in sorted(aside.iterdir()):
+        shutil.rmtree(output_dir / part.name, ignore_errors=True)
+        os.replace(part, output_dir / part.name)
+    aside.rmdir()
 
 
 def save_model_card(prompts: list[str], args: argparse.Namespace) -> None:
@@ -1172,14 +1176,13 @@ def save_model_card(prompts: list[str], args: argparse.Namespace) -> None:
         report = preference_report(args.output_dir, base if args.use_lora else None)
         print(report)
     grid = None if args.skip_final_inference else "before_after.png"
-    tags = ["stable-diffusion-xl", "text-to-image", "diffusers", "mapo", "preference-tuning"]
     data = ModelCardData(
         base_model=None if Path(base).exists() else base,  # the hub refuses a local path
         datasets=None if Path(args.dataset_name).exists() else [args.dataset_name],
         library_name="diffusers",
         license="openrail++" if base.startswith("stabilityai/stable-diffusion-xl") else None,
         pipeline_tag="text-to-image",
-        tags=[*tags, "lora"] if args.use_lora else tags,
+        tags=["stable-diffusion-xl", "text-to-image", "mapo", "preference-tuning"] + ["lora"] * args.use_lora,
         widget=[{"text": prompts[0], "output": {"url": grid}}] if grid else None,
     )
     hidden = ("hub_token", "cache_dir", "output_dir", "resume_from_checkpoint")
@@ -1190,7 +1193,6 @@ def save_model_card(prompts: list[str], args: argparse.Namespace) -> None:
 {data.to_yaml()}
 ---
 # {Path(tuned).name}
-
 SDXL's UNet, tuned on preference pairs with [MaPO](https://huggingface.co/papers/2406.06424).
 
 {f"![{grid}]({grid})" if grid else ""} ![curves.png](curves.png)
@@ -1206,7 +1208,6 @@ pipeline = StableDiffusionXLPipeline.from_pretrained(name, dtype=torch.float16).
 
 {fence}
 {report}
-
 What differs from the script's defaults: {json.dumps(settings, indent=2)}
 {fence}
 """

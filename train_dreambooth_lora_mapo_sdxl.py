@@ -1059,16 +1059,17 @@ def save_weights(model, args: argparse.Namespace) -> None:
     # PEFT's names: diffusers' older ones do not exist for all layers, and its loader drops one kind of a mixed file.
     options = {f"{part}_lora_layers": named for part, named in layers.items()}
     options |= diffusers.training_utils._collate_lora_metadata(model.adapted)
-    diffusers.StableDiffusionXLPipeline.save_lora_weights(output_dir, **options)
+    write = partial(diffusers.StableDiffusionXLPipeline.save_lora_weights, output_dir, **options)
+    save_aside(output_dir / "pytorch_lora_weights.safetensors", lambda path: write(weight_name=path.name))
     if args.output_kohya_format:
         named = {f"{part}.{name}": layer for part, found in layers.items() for name, layer in found.items()}
         kohya = diffusers.utils.convert_state_dict_to_kohya(named)
         alpha = float(args.lora_alpha or args.rank)  # diffusers writes the rank
         kohya = {name: torch.tensor(alpha) if name.endswith(".alpha") else t for name, t in kohya.items()}
-        save_file(kohya, output_dir / "pytorch_lora_weights_kohya.safetensors")
+        save_aside(output_dir / "pytorch_lora_weights_kohya.safetensors", partial(save_file, kohya))
     if model.tokens:
         rows = {key: tokens.rows.detach().cpu() for key, tokens in zip(("clip_l", "clip_g"), model.tokens)}
-        save_file(rows, output_dir / "learned_embeds.safetensors")
+        save_aside(output_dir / "learned_embeds.safetensors", partial(save_file, rows))
 
 
 def save_model_card(prompt: str, images: list[Image.Image], report: str, args: argparse.Namespace) -> str:

@@ -152,9 +152,9 @@ def preference_report(output_dir: str, base: str | None = None) -> str:
     known_figures, new_figures = (measure(generate(pipeline, captions), captions) for captions in (known, new))
     by_word, real = figures["base_on_validation_captions_in_openmoji_style"], figures["unseen_openmoji_drawings"]
     lines = [
-        f"Images before -> after, of {len(known)} captions that no pair of the training has (in brackets: before, asked "
-        f"for by word), and of {len(new)} of which the base has never seen OpenMoji's drawing (the real ones, as if "
-        "unknown):"
+        "Images before -> after, of captions that no pair of the training has. "
+        f"Left: {len(known)} (in brackets: before, asked for by word). "
+        f"Right: {len(new)} of which the base has never seen OpenMoji's drawing (its real ones, as if unknown)."
     ]
     for row in (style, *ROWS):
         changes = change(row, figures["base_on_validation_captions"], known_figures, by_word)
