@@ -58,6 +58,8 @@ def test_every_flag_is_read_and_functions_stay_short(name):
     loops = [n.end_lineno - n.lineno + 1 for n in ast.walk(tree) if isinstance(n, ast.For | ast.While)]
     assert max(loops) <= 50
     assert max(depth(node) for node in functions) <= 4, max(functions, key=depth).name
+    definitions = [*functions, *(node for node in ast.walk(tree) if isinstance(node, ast.ClassDef))]
+    assert len(source.splitlines()) <= 1400 and len(definitions) <= 60
 
 
 @pytest.mark.parametrize("name", SCRIPTS)
