@@ -438,8 +438,8 @@ def rank(row: dict) -> tuple[float, float]:
 class Runs:
     """Lines of a file, each a setting with its figures; `get` runs what isn't there."""
 
-    def __init__(self, path: Path, world: World, images_dir: Path, settings_of: str | None) -> None:
-        self.path, self.world, self.images_dir, self.settings_of = path, world, images_dir, settings_of
+    def __init__(self, path: Path, world: World, images_dir: Path) -> None:
+        self.path, self.world, self.images_dir = path, world, images_dir
         lines = path.read_text().splitlines() if path.exists() else []
         self.rows = [row for row in map(json.loads, lines) if row["base"] == world.base]
 
@@ -464,7 +464,6 @@ class Runs:
 
     def best(self, task: str, method: str) -> dict[str, float]:
         """The method's beta and rate with the highest score on the validation captions, among those tried."""
-        task = self.settings_of or task
         betas, rates = (GRID | FORMS)[method]
         tried = [self.get(task, method, beta=beta, rate=rate, split="validation") for beta in betas for rate in rates]
         found = max(tried, key=rank)
@@ -566,7 +565,7 @@ def final_rows(runs: Runs, task: str, method: str) -> list[dict]:
     """The runs of the method's best setting, one a seed; empty before the stage `final`."""
     if method == "base":
         return select(runs, task=task, method=method, split="test")
-    tried = select(runs, task=runs.settings_of or task, method=method, split="validation")
+    tried = select(runs, task=task, method=method, split="validation")
     if not tried:
         return []
     best = max(tried, key=rank)
@@ -579,20 +578,20 @@ def judged(world: World) -> str:
 
 
 def write_report(runs: Runs, folder: Path) -> None:
-    """report.md, curves.png and a strip of images for each task, of the runs that there are."""
+    """report.md, curves.png and a strip of images for each task, of the runs that there are; tasks in ascending
+    mismatch."""
     folder.mkdir(parents=True, exist_ok=True)
     world, parts = runs.world, []
-    for task in TASKS:
+    bases = [row for task in TASKS for row in select(runs, task=task, method="base", split="test")]
+    for task in [row["task"] for row in sorted(bases, key=lambda row: -row["similarity"])]:
         found = {method: final_rows(runs, task, method) for method in ("base", *GRID, *FORMS)}
         found = {method: rows for method, rows in found.items() if rows}
-        if not found:
-            continue
         lines = [
             [method, name_setting(rows[0]) if rows[0]["rate"] else "", str(len(rows)), *describe(rows)]
             for method, rows in found.items()
         ]
-        parts.append(f"## {task}\n\nSimilarity of the base's images and the winners: ")
-        parts[-1] += f"{found['base'][0]['similarity']:.2f}\n\n" if "base" in found else "\n\n"
+        similarity = found["base"][0]["similarity"]
+        parts.append(f"## {task}\n\nSimilarity of the base's images and the winners: {similarity:.2f}\n\n")
         parts[-1] += table(["method", "best setting", "seeds", *FIGURES], lines)
         tried = select(runs, task=task, split="validation")
         lines = [[row["method"], name_setting(row), *describe([row])] for row in tried if row["rate"]]
@@ -609,28 +608,36 @@ def write_report(runs: Runs, folder: Path) -> None:
         ]
         parts[-1] += "\nMaPO, on the test captions, seed 0:\n\n"
         parts[-1] += table(["setting", "safeguard", "margin's weight", *FIGURES], lines)
-        parts[-1] += f"\n![{task}]({task}.png)\n"
-        make_strip(runs, found).save(folder / f"{task}.png")
+        betas = {row["beta"]: row for row in swept if "MaPO" in found and same_but_beta(row, found["MaPO"][0])}
+        strips = {task: {method: rows[0] for method, rows in found.items()}}
+        strips |= {f"{task}_betas": {f"beta {beta:g}": row for beta, row in betas.items()}} if len(betas) > 1 else {}
+        for name, rows in strips.items():
+            make_strip(runs, rows).save(folder / f"{name}.png")
+            parts[-1] += f"\n![{name}]({name}.png)\n"
     plot_curves(runs, folder / "curves.png")
     parts.append("![curves](curves.png)\n")
     head = f"Base {world.base}. Judges are right on drawings after the VAE: {judged(world)}."
     (folder / "report.md").write_text("\n".join([f"# The paper in miniature\n\n{head}\n", *parts]))
 
 
-def make_strip(runs: Runs, found: dict[str, list[dict]]) -> Image.Image:
-    """One row of images for each method, seed 0; the drawings that were to be learnt in the last."""
+def same_but_beta(row: dict, other: dict) -> bool:
+    return all(row[key] == other[key] for key in KEYS if key != "beta")
+
+
+def make_strip(runs: Runs, found: dict[str, dict]) -> Image.Image:
+    """A row of images for each run; the drawings that were to be learnt in the last."""
     from PIL import ImageDraw, ImageFont
 
-    rows = {method: Image.open(runs.images_dir / f"{file_name(rows[0])}.png") for method, rows in found.items()}
-    task, world = found["base"][0]["task"], runs.world
+    rows = {name: Image.open(runs.images_dir / f"{file_name(row)}.png") for name, row in found.items()}
+    task, world = next(iter(found.values()))["task"], runs.world
     pairs = make_pairs(task, world.splits[task]["test"])[2::4][:12]
     chosen = (world.drawings[pairs[:, 1], pairs[:, 0]] + 1) * 127.5
     rows["chosen"] = Image.fromarray(np.concatenate(chosen.permute(0, 2, 3, 1).byte().numpy(), axis=1))
-    width, height = rows["base"].size
+    width, height = rows["chosen"].size
     strip = Image.new("RGB", (150 + width, (height + 6) * len(rows)), "white")
     pen = ImageDraw.Draw(strip)
-    for i, (method, row) in enumerate(rows.items()):
-        pen.text((6, i * (height + 6) + height // 2), method, "black", ImageFont.load_default(13), "lm")
+    for i, (name, row) in enumerate(rows.items()):
+        pen.text((6, i * (height + 6) + height // 2), name, "black", ImageFont.load_default(13), "lm")
         strip.paste(row, (150, i * (height + 6)))
     return strip
 
@@ -649,9 +656,8 @@ def plot_curves(runs: Runs, path: Path) -> None:
                 np.mean([r["score"] for r in rows["MaPO"]]) - np.mean([r["score"] for r in rows["Diffusion-DPO"]])
             )
             axes[0].annotate(task, (x[-1], gains[-1]))
-        sweep = select(runs, task=task, method="MaPO", split="test", seed=0, pairs=0, noise=0.0)
-        best = final_rows(runs, task, "MaPO")
-        sweep = sorted((row for row in sweep if best and row["rate"] == best[0]["rate"]), key=lambda row: row["beta"])
+        sweep = [row for row in runs.rows if rows["MaPO"] and same_but_beta(row, rows["MaPO"][0])]
+        sweep.sort(key=lambda row: row["beta"])
         betas = [row["beta"] for row in sweep]
         axes[1].semilogx(betas, [row["score"] for row in sweep], marker="o", label=task)
         axes[2].loglog(betas, [row["margin_weight"] for row in sweep], marker="o", label=task)
@@ -686,14 +692,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", nargs="+", choices=[*STAGES, "report"], default=[*STAGES, "report"])
     parser.add_argument("--tasks", nargs="+", choices=TASKS, default=list(TASKS))
-    parser.add_argument("--settings_of", choices=TASKS, help="Take the best settings of this task for all of them.")
     parser.add_argument("--results", type=Path, default=REPO / "benchmarks" / "results" / "miniature.jsonl")
     parser.add_argument("--work_dir", type=Path, default=DEMO / "build" / "miniature", help="Drawings, judge, images.")
     parser.add_argument("--report_dir", type=Path, default=REPO / "benchmarks" / "miniature")
     args = parser.parse_args()
     world = make_world(args.work_dir)
     print(f"Judges are right on drawings after the VAE: {judged(world)}")
-    runs = Runs(args.results, world, args.work_dir / "images", args.settings_of)
+    runs = Runs(args.results, world, args.work_dir / "images")
     for name in args.only:
         if name in STAGES:
             STAGES[name](runs, args.tasks)
