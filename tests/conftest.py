@@ -68,6 +68,13 @@ def hub_cache(tmp_path_factory) -> Path:
     return cache
 
 
+@pytest.fixture(autouse=True)
+def subnormal_numbers():
+    """The scripts flush them to zero in their process, which here is that of the next test too."""
+    yield
+    torch.set_flush_denormal(False)
+
+
 @pytest.fixture(scope="session")
 def small_model(tmp_path_factory) -> Path:
     return write_model(tmp_path_factory.mktemp("model") / "model")

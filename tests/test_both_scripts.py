@@ -5,6 +5,7 @@ import importlib
 import re
 
 import pytest
+import torch
 from conftest import REPO
 
 
@@ -60,6 +61,18 @@ def test_every_flag_is_read_and_functions_stay_short(name):
     assert max(depth(node) for node in functions) <= 4, max(functions, key=depth).name
     definitions = [*functions, *(node for node in ast.walk(tree) if isinstance(node, ast.ClassDef))]
     assert len(source.splitlines()) <= 1400 and len(definitions) <= 60
+
+
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_subnormal_gradients_are_flushed_on_a_cpu(name, tmp_path):
+    """Those of pairs that are won took a step of the demo from 0.4 to 2 s."""
+    from accelerate.state import AcceleratorState
+
+    script, small = importlib.import_module(name), torch.tensor([2.0**-126])
+    assert small.mul(0.5).item() > 0
+    AcceleratorState._reset_state(reset_partial_state=True)
+    script.prepare_run(script.parse_args([f"--output_dir={tmp_path / 'out'}"]))
+    assert small.mul(0.5).item() == 0
 
 
 @pytest.mark.parametrize("name", SCRIPTS)
