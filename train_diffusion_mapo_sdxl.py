@@ -1,5 +1,4 @@
 #!/usr/bin/env python
-# coding=utf-8
 # Copyright 2026 The MaPO reference implementation authors. All rights reserved.
 #
 # Licensed under the Apache License, Version 2.0 (the "License");
@@ -48,8 +47,7 @@ Departures from the authors' code:
 2. Each image is resized from its own original; there, the second is stretched to the first one's size.
 3. Ties and unlabelled rows are dropped; there, a tie counts as a win of the first image.
 4. Images and captions are encoded once, not in every step, and to the mode of the VAE's posterior, not a sample.
-5. Both images are conditioned on the winner's size and crop: these are part of c, which the pair shares.
-6. time_ids stay in fp32: bf16 has no 1153.
+5. Both images are conditioned on the winner's size and crop, a part of c, and in fp32: bf16 has no 1153.
 """
 
 import argparse
@@ -274,8 +272,7 @@ def check_args(parser: argparse.ArgumentParser, args: argparse.Namespace) -> Non
         "--use_ema and --optimizer adamw_bf16": args.use_ema and bf16,
         "--optimizer adamw_bf16 and another --mixed_precision": bf16 and args.mixed_precision != "bf16",
         "--use_dora and --output_kohya_format": args.use_dora and args.output_kohya_format,  # no loader reads it
-        # accelerate's configuration of wandb would carry the token to wandb's servers.
-        "--hub_token and --report_to wandb": args.hub_token and args.report_to == "wandb",
+        "--hub_token and --report_to wandb": args.hub_token and args.report_to == "wandb",  # its servers would get it
     }.items():
         if both:
             parser.error(f"{flags} exclude each other")
@@ -287,6 +284,8 @@ def check_args(parser: argparse.ArgumentParser, args: argparse.Namespace) -> Non
         parser.error("--validation_split_name needs --num_validation_pairs too")
     if args.resolution % 8:
         parser.error(f"--resolution {args.resolution}: must be a multiple of 8; try {-(-args.resolution // 8) * 8}")
+    if args.lr_warmup_steps > (args.max_train_steps or math.inf) and not args.demo:
+        parser.error(f"--lr_warmup_steps {args.lr_warmup_steps}: more than --max_train_steps {args.max_train_steps}")
     output_dir = Path(args.output_dir).resolve()
     read = (args.pretrained_model_name_or_path, args.dataset_name, Path(__file__).parent)
     if output_dir in [Path(source).resolve() for source in read if source is not None]:
@@ -408,6 +407,8 @@ def find_columns(args: argparse.Namespace, names: list[str]) -> tuple:
             "--image_1_column, --label_0_column; a folder of images has w/NAME.png, l/NAME.png, NAME.txt"
         )
     columns = (args.caption_column or layouts[0][0], *layouts[0][1:])
+    if columns[1] == columns[2]:
+        fail(f"--dataset_name {args.dataset_name}: column {columns[1]} is named as both images")
     if missing := [name for name in columns if name is not None and name not in names]:
         fail(f"--dataset_name {args.dataset_name}: no column {missing[0]} among {', '.join(names)}")
     return columns
@@ -570,8 +571,7 @@ def prepare_image(image: Image.Image, resolution: int, crop=(0.5, 0.5), flip: bo
     scale = resolution / min(width, height)
     new_width, new_height = max(resolution, round(width * scale)), max(resolution, round(height * scale))
     top, left = int((new_height - resolution) * crop[0]), int((new_width - resolution) * crop[1])
-    # Only the crop is resized: a thin image would take all memory.
-    x, y = width / new_width, height / new_height
+    x, y = width / new_width, height / new_height  # only the crop is resized: a thin image would take all memory
     box = (left * x, top * y, min(width, (left + resolution) * x), min(height, (top + resolution) * y))
     cropped = image.resize((resolution, resolution), Image.Resampling.LANCZOS, box)
     if flip:
@@ -674,6 +674,7 @@ def encode_pairs(source: Source, count: int, vae, folder: Path, args, accelerato
     found = [pair for _, pair in sorted(gather_object(found))]
     pairs = [Pair(*pair) for pair in found if len(pair) == 3]  # else unreadable
     source.counts["unreadable"] = len(found) - len(pairs)
+    source.counts["with an empty caption"] = sum(not pair.caption.strip() for pair in pairs)
     counts = ", ".join(f"{number} {what}" for what, number in source.counts.items())
     if not pairs:
         fail(f"--dataset_name {args.dataset_name}: no row can be used ({counts})")
@@ -692,8 +693,7 @@ def encode_captions(captions: set[str], pipeline, args, accelerator: Accelerator
     name = f"captions-{hash_of(pipeline.text_encoder, pipeline.text_encoder_2, words, zeros)}"
     folder = cached_assets_path("mapo", name, assets_dir=args.cache_dir)
     chunks = [sorted(captions)[first : first + 64] for first in range(0, len(captions), 64)]
-    mine = chunks[accelerator.process_index :: accelerator.num_processes]
-    # Whole chunks: rounding depends on their size.
+    mine = chunks[accelerator.process_index :: accelerator.num_processes]  # whole: rounding depends on their size
     mine = [chunk for chunk in mine if not all(entry_path(folder, hash_of(caption)).exists() for caption in chunk)]
     for chunk in tqdm(mine, desc="Captions", disable=not (mine and accelerator.is_main_process)):
         embeds, _, pooled, _ = pipeline.encode_prompt(chunk, device=device, do_classifier_free_guidance=False)

@@ -355,6 +355,10 @@ BAD = {
         lambda p: [*parquet(p), "--chosen_column=a", "--rejected_column=jpg_1"],
         "no column a among caption, jpg_0",
     ),
+    "one column twice": (
+        lambda p: [*parquet(p), "--chosen_column=jpg_0", "--rejected_column=jpg_0"],
+        "column jpg_0 is named as both images",
+    ),
     "a stream of ties": (lambda p: [*parquet(p, label_0=[0.5] * 8), "--streaming"], "no row can be used"),
     "a stream of noise": (lambda p: ["--dataset_name=" + file(p, "x.parquet", b"no"), "--streaming"], "x.parquet: "),
     "folders: empty": (lambda p: folders(p, **{"w/0.png": None, "l/0.png": None}), "data: it has no rows"),

@@ -865,6 +865,10 @@ BAD_FLAGS = [
     (["--beta_mapo=0"], "--beta_mapo: 0.0 is not in (0, inf)"),
     (["--beta_mapo=nan"], "--beta_mapo: nan is not in (0, inf)"),
     (["--beta_mapo=much"], "--beta_mapo: invalid float value: 'much'"),
+    (
+        [*"--pretrained_model_name_or_path=x --dataset_name=y --lr_warmup_steps=9 --max_train_steps=3".split()],
+        "--lr_warmup_steps 9: more than --max_train_steps 3",
+    ),
     (["--safeguard=1"], "--safeguard: 1.0 is not in [0, 1)"),
     (["--snr_value=-1"], "--snr_value: -1.0 is not in (0, inf)"),
     (["--learning_rate=inf"], "--learning_rate: inf is not in (0, inf)"),
