@@ -1041,10 +1041,10 @@ def averaged(training: Training):
 def measure_held_out(step: int, training: Training, dataset, noise_scheduler, log: MetricsLog, args, accelerator):
     """Logs means over the held-out pairs, whose noise and timesteps are the same each time; warns once where the
     winners' error rises. Every process takes all pairs: all of them together must call a sharded model."""
-    measured, positions = [], range(len(dataset.pairs))
+    measured, order = [], {"sampler": range(len(dataset.pairs)), "generator": torch.Generator()}  # as in make_batches
     training.model.eval()
     with averaged(training):
-        for batch in torch.utils.data.DataLoader(dataset, args.train_batch_size, sampler=positions):
+        for batch in torch.utils.data.DataLoader(dataset, args.train_batch_size, **order):
             batch["position"] += 2**61  # a position of no training pair
             measured.append(training_step(training.model, batch, noise_scheduler, args, accelerator.device)[1])
     training.model.train()

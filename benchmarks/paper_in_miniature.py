@@ -213,13 +213,16 @@ def make_world(work_dir: Path) -> World:
         prompt_embeds, _, pooled, _ = pipeline.encode_prompt(captions, do_classifier_free_guidance=False)
     unjudged = sorted({i for split in ("validation", "test") for i in splits["known_style"][split]})
     judge = train_judge(work_dir, styles, {captions[i] for i in unjudged}, pipeline.vae)
-    seen = {look: build_demo.reconstruct(pipeline.vae, images) for look, images in pixels.items()}
-    right = torch.cat([judge(seen[style][unjudged]).argmax(1) == label for label, style in enumerate(STYLES)])
+
+    def seen(look: str, rows: list[int]) -> torch.Tensor:
+        return build_demo.reconstruct(pipeline.vae, pixels[look][rows])
+
+    right = torch.cat([judge(seen(style, unjudged)).argmax(1) == label for label, style in enumerate(STYLES)])
     accuracy = {task: right.float().mean().item() for task in TASKS}
     for task, variant in VARIANTS.items():
         found = sorted({i for split in splits[task].values() for i in split})
-        right = [worth(task, seen[f"{f}_{variant}"][found], judge) == 1 for f in FOUNDRIES]
-        right += [worth(task, seen[f][found], judge) == 0 for f in FOUNDRIES]
+        right = [worth(task, seen(f"{f}_{variant}", found), judge) == 1 for f in FOUNDRIES]
+        right += [worth(task, seen(f, found), judge) == 0 for f in FOUNDRIES]
         accuracy[task] = torch.cat(right).float().mean().item()
     drawings = torch.stack([drawn[look] for look in LOOKS])
     weights = (model / "unet" / "diffusion_pytorch_model.safetensors").read_bytes()

@@ -727,6 +727,14 @@ def test_a_loaded_lora_generates_the_runs_own_after(train, monkeypatch, capsys):
         assert np.abs(shown - after).mean() < 2  # embeddings are kept in fp16
 
 
+def test_measuring_held_out_pairs_does_not_change_the_dropout(train):
+    flags = ["--use_lora", "--rank=4", "--learning_rate=1e-2", "--lora_dropout=0.1", "--skip_final_inference"]
+    flags += ["--num_validation_pairs=2", "--max_train_steps=3"]
+    outs = [train(*flags, f"--validation_steps={steps}", output_dir=f"every-{steps}") for steps in (1, 3)]
+    often, once = (load_file(out / "pytorch_lora_weights.safetensors") for out in outs)
+    assert all(torch.equal(often[name], once[name]) for name in often)
+
+
 def test_a_lora_is_resumed_where_it_was(train):
     flags = ["--use_lora", "--rank=4", "--learning_rate=1e-2", "--checkpointing_steps=2", "--skip_final_inference"]
     flags += ["--lora_dropout=0.1"]
