@@ -529,6 +529,10 @@ def load_photos(args: argparse.Namespace) -> list[Photo]:
 def list_folder(path: Path, args: argparse.Namespace) -> list[tuple]:
     """(file, caption, None) of each photo in a folder."""
     files = sorted(p for p in path.iterdir() if p.suffix.lower() in IMAGE_SUFFIXES)
+    known = {*IMAGE_SUFFIXES, ".txt", ".jsonl"}
+    others = [p.name for p in path.iterdir() if p.suffix.lower() not in known and p.is_file() and p.name[0] != "."]
+    if others:  # a phone's .heic
+        logger.warning(f"{path}: not read as photos: {', '.join(sorted(others))}")
     if args.instance_prompt is not None:
         captions = dict.fromkeys(files, args.instance_prompt)
     elif (path / "metadata.jsonl").is_file():

@@ -38,7 +38,7 @@ import torch
 
 REPO = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(REPO))
-from demo.report import generate, load_sheets, measure, validation_captions  # noqa: E402
+from demo.report import generate, load_pipeline, load_sheets, measure, validation_captions  # noqa: E402
 from demo.settings import PAIRS  # noqa: E402
 from demo.style_judge import FOUNDRIES  # noqa: E402
 
@@ -86,17 +86,9 @@ def train(name: str, folder: Path) -> Path:
     return output
 
 
-def measure_run(output: Path | None) -> dict[str, float]:
-    """demo/report.py's figures of the base, or of a run's pipeline or LoRA."""
-    from diffusers import StableDiffusionXLPipeline
-
-    whole = output is not None and (output / "model_index.json").exists()
-    model = output if whole else REPO / "demo" / "sdxl-tiny-emoji"
-    pipeline = StableDiffusionXLPipeline.from_pretrained(model, dtype=torch.float32, add_watermarker=False)
-    if output is not None and not whole:
-        pipeline.load_lora_weights(output, weight_name="pytorch_lora_weights.safetensors")
+def measure_run(output: Path, base: Path | None = None) -> dict[str, float]:
     captions = validation_captions()
-    return measure(generate(pipeline, captions), captions)
+    return measure(generate(load_pipeline(output, base), captions), captions)
 
 
 def main() -> None:
@@ -106,8 +98,10 @@ def main() -> None:
     parser.add_argument("--results", type=Path, default=REPO / "benchmarks" / "results" / "demo_runs")
     args = parser.parse_args()
 
-    figures = {"base": measure_run(None)}
-    figures |= {name: measure_run(train(name, args.work_dir)) for name in args.only}
+    base = REPO / "demo" / "sdxl-tiny-emoji"
+    figures = {"base": measure_run(base)}
+    for name in args.only:
+        figures[name] = measure_run(train(name, args.work_dir), base if name == "lora" else None)
     where = {
         "date": str(datetime.date.today()),
         "machine": f"{os.cpu_count()} cores, {platform.machine()}",

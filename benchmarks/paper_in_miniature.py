@@ -59,7 +59,7 @@ REPO = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(REPO))
 
 from demo import build_demo  # noqa: E402
-from demo.report import DEMO, generate, held_out_captions, load_sheets  # noqa: E402
+from demo.report import DEMO, generate, held_out_captions, load_pipeline, load_sheets  # noqa: E402
 from demo.style_judge import FOUNDRIES, StyleJudge, to_batch  # noqa: E402
 from evaluation.compare import bootstrap_interval  # noqa: E402
 from mapo_loss import mapo_loss  # noqa: E402
@@ -183,11 +183,11 @@ class World(NamedTuple):
 
 
 def make_world(work_dir: Path) -> World:
-    from diffusers import DDPMScheduler, StableDiffusionXLPipeline
+    from diffusers import DDPMScheduler
 
     work_dir.mkdir(parents=True, exist_ok=True)
     model = DEMO / "sdxl-tiny-emoji"
-    pipeline = StableDiffusionXLPipeline.from_pretrained(model, dtype=torch.float32, add_watermarker=False)
+    pipeline = load_pipeline(model)
     styles = render_styles(work_dir)
     place = {caption: i for i, caption in enumerate(styles["captions"])}
     captions = [caption for caption in load_sheets()[0] if caption in place]

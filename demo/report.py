@@ -78,6 +78,17 @@ def load_drawings() -> tuple[torch.Tensor, list[str]]:
     return to_batch([drawing for drawings in sheets.values() for drawing in drawings]), captions * len(sheets)
 
 
+def load_pipeline(output_dir, base=None):
+    """A run's: that in its folder or, where it trained a LoRA, that of the base with the LoRA."""
+    from diffusers import StableDiffusionXLPipeline
+
+    options = {"dtype": torch.float32, "add_watermarker": False}
+    pipeline = StableDiffusionXLPipeline.from_pretrained(base or output_dir, **options)
+    if base is not None:
+        pipeline.load_lora_weights(output_dir, weight_name="pytorch_lora_weights.safetensors")
+    return pipeline
+
+
 @torch.no_grad()
 def generate(pipeline, prompts: list[str]) -> list[Image.Image]:
     """One image per prompt, prompt i from seed i, 16 at once."""
@@ -139,12 +150,7 @@ def preference_report(output_dir: str, base: str | None = None) -> str:
     Args:
         output_dir: the run's, with a pipeline or a LoRA of `base`.
     """
-    from diffusers import StableDiffusionXLPipeline
-
-    options = {"dtype": torch.float32, "add_watermarker": False}
-    pipeline = StableDiffusionXLPipeline.from_pretrained(base or output_dir, **options)
-    if base is not None:
-        pipeline.load_lora_weights(output_dir, weight_name="pytorch_lora_weights.safetensors")
+    pipeline = load_pipeline(output_dir, base)
     figures = json.loads((DEMO / "figures.json").read_text())
     accuracy = figures["judge_accuracy_on_held_out_reconstructions"]
     style = (PREFERRED, "{:.0%}", f"in OpenMoji's style, says a judge that names {accuracy:.0%} of drawings right")

@@ -20,6 +20,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
+from benchmarks.personalization import read_figures
 from conftest import REPO
 from PIL import Image
 from safetensors.torch import load_file
@@ -137,12 +138,12 @@ def test_the_demo_makes_samples_more_like_the_subject_and_says_so(launch, tmp_pa
         "Neither --pretrained_model_name_or_path nor --instance_data_dir is given: training the"
     )
     assert "accelerate launch train_dreambooth_lora_mapo_sdxl.py --instance_data_dir" in lines[0]
-    pattern = r"{}: nearest (\d+)% before, (\d+)% after; palette (0\.\d+) before, (0\.\d+) after"
-    for name in ("captions of the photos", "new contexts"):
-        figures = list(map(float, re.search(pattern.format(name), done.stdout).groups()))
-        assert figures[0] == 0 and figures[1] >= 60 and figures[3] > figures[2]
-    kept = re.search(r"(\d+)% -> +(\d+)%  nearest, in pixels, to a drawing of their caption", done.stdout)
-    assert int(kept[1]) > 70 and int(kept[2]) > 40
+    figures = read_figures(done.stdout)
+    for place in ("photos", "contexts"):
+        assert figures[f"{place}_nearest_before"] == 0 and figures[f"{place}_nearest"] >= 60
+        assert figures[f"{place}_palette"] > figures[f"{place}_palette_before"]
+    assert figures["class_nearest_before"] == 0 and 0 < figures["others_distance_before"] < figures["others_distance"]
+    assert figures["others_nearest_before"] > 70 and figures["others_nearest"] > 40
     assert "pipeline.load_textual_inversion(list(embeds['clip_l']), token=['<cat>']" in done.stdout
     out = tmp_path / "mapo-demo-subject"
     assert {"before_after.png", "chosen_rejected.png", "curves.png", "metrics.jsonl", "README.md"} <= set(
@@ -1063,6 +1064,19 @@ def test_a_caption_that_is_too_long_is_said(script, caplog):
         PartialState()  # which accelerate's logger asks for
         script.check_tokens(script.load_photos(args), args)
     assert "The caption of crying has 40 tokens; only the first 22 count." in caplog.text
+
+
+def test_photos_in_a_format_that_is_not_read_are_named(script, tmp_path, caplog):
+    from accelerate import PartialState
+
+    shutil.copy(SUBJECT / "crying.png", tmp_path / "crying.png")
+    for name in ("IMG_1.HEIC", "crying.txt", ".DS_Store", "metadata.jsonl.bak"):
+        (tmp_path / name).write_text("a <cat>")
+    args = script.parse_args([*NAMED[:1], f"--instance_data_dir={tmp_path}", *TOKEN])
+    with caplog.at_level("INFO"):
+        PartialState()  # which accelerate's logger asks for
+        assert [photo.name for photo in script.load_photos(args)] == ["crying"]
+    assert "not read as photos: IMG_1.HEIC, metadata.jsonl.bak" in caplog.text and "DS_Store" not in caplog.text
 
 
 def test_a_wrong_model_ends_in_one_line(train):
