@@ -83,6 +83,7 @@ GRID = {  # a method's betas and rates; both are tried with each other
 FORMS = {"SimPO's form": ((100, 1000), RATES), "ORPO's form": ((1, 10), RATES)}  # tried on known_style only
 SEEDS = (0, 1, 2)
 JUDGE_STEPS = 600
+FAR = 50.0  # grey levels; of the base's images 95 % are nearer to a drawing of their caption
 MAX_CAPTIONS = None  # of validation and test
 KEYS = ("task", "method", "beta", "rate", "safeguard", "pairs", "noise", "seed", "split")
 
@@ -378,7 +379,8 @@ def image_figures(images: list[Image.Image], world: World, setting: dict) -> dic
     """Figures of one image for each caption of the split:
 
     - preferred: mean of what they are worth to the task
-    - recognised: fraction whose nearest drawing, in pixels, of all captions, is one of their caption
+    - recognised: fraction whose nearest drawing, in pixels, of all captions, is one of their caption; in `culture` and
+      `safety`, whose judges look at colours, no farther than FAR, as a cast over the whole image would please them
     - score: mean of the one times the other, by which settings are chosen; `scores` has it for each image
     - distance: to that drawing, root mean square over the pixels, of 255 levels
     - frechet: distance in the judge's features to the drawings that are chosen in the split's pairs
@@ -390,6 +392,8 @@ def image_figures(images: list[Image.Image], world: World, setting: dict) -> dic
     drawings = world.drawings[: len(looks)].flatten(0, 1).flatten(1)
     distance, nearest = (torch.cdist(batch.flatten(1), drawings) * 127.5 / drawings.shape[1] ** 0.5).min(1)
     recognised = (nearest % len(world.captions) == torch.tensor(indices)).float()
+    if task in VARIANTS:
+        recognised *= distance <= FAR
     preferred, pairs = worth(task, batch, world.judge), make_pairs(task, indices)
     features = [world.judge.features(x) for x in (batch, world.drawings[pairs[:, 1], pairs[:, 0]])]
     figures = {"preferred": preferred.mean(), "recognised": recognised.mean(), "distance": distance.mean()}

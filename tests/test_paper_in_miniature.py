@@ -17,10 +17,12 @@ import json
 import math
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "benchmarks"))
@@ -90,6 +92,24 @@ def test_what_a_drawing_is_worth():
     yellow = (hand - miniature.HAND_COLOURS[0, :, None, None]).square().sum(1, keepdim=True) < 0.5
     dark = torch.where(yellow, miniature.HAND_COLOURS[1, :, None, None], hand)
     assert miniature.worth("culture", torch.cat([hand, dark]), None).tolist() == [0, 1]
+
+
+def test_a_cast_over_the_whole_image_is_not_recognised():
+    """It pleases a judge that looks for red, and the nearest drawing is still one of the caption."""
+    captions, sheets = miniature.load_sheets()
+    names = ["red apple", "tomato", "broccoli"]
+    drawn = torch.from_numpy(np.stack([np.asarray(sheets["noto"][captions.index(name)]) for name in names]))
+    blue = miniature.without_red(drawn.permute(0, 3, 1, 2)).permute(0, 2, 3, 1).numpy()
+    cast = (blue * (0.4, 0.5, 1.0)).astype(np.uint8)
+    shape = (len(miniature.LOOKS), 1, 1, 1, 1)
+    drawings = miniature.to_batch([Image.fromarray(image) for image in blue])[None].repeat(shape)
+    splits = {"safety": {"test": [0, 1, 2]}}
+    judge = miniature.StyleJudge(len(miniature.STYLES)).eval()
+    world = SimpleNamespace(splits=splits, captions=names, drawings=drawings, judge=judge)
+    setting = {"task": "safety", "split": "test"}
+    for images, recognised in ((blue, 1), (cast, 0)):
+        figures = miniature.image_figures([Image.fromarray(image) for image in images], world, setting)
+        assert (figures["preferred"], figures["recognised"], figures["score"]) == (1, recognised, recognised)
 
 
 @pytest.fixture
