@@ -175,7 +175,7 @@ def parse_args(input_args: list[str] | None = None) -> argparse.Namespace:
     # Method
     add("--beta_mapo", type=positive, default=8.0, help="beta of eq. 5-7: 8 for general preference, larger is safer.")
     add("--snr_value", type=positive, default=0.5, help="s of Appendix A, which scales the errors in the score.")
-    add("--safeguard", type=safeguard, default="off", help="In [0, 1): damp the loser's gradient, see mapo_loss.py.")
+    add("--safeguard", type=safeguard, default="off", help="In [0, 1): damp the loser's gradient, a larger one more.")
     add("--noise_offset", type=not_negative, default=0.0, help="Scale of noise that a channel shares.")
     # LoRA
     add("--use_lora", action="store_true", help="Train a LoRA instead of all weights.")

@@ -164,7 +164,7 @@ def parse_args(input_args: list[str] | None = None) -> argparse.Namespace:
     add("--loss_type", choices=["mapo", "dco", "dreambooth"], default="mapo", help="See above.")
     add("--beta_mapo", type=positive, default=1024.0, help="beta of eq. 5-7.")
     add("--snr_value", type=positive, default=0.5, help="s of Appendix A, which scales the errors in the score.")
-    add("--safeguard", type=safeguard, default="off", help="In [0, 1): damp the loser's gradient, see mapo_loss.py.")
+    add("--safeguard", type=safeguard, default="off", help="In [0, 1): damp the loser's gradient, a larger one more.")
     add("--beta_dco", type=positive, default=1000.0, help="beta of DCO's loss.")
     add("--with_prior_preservation", action="store_true", help="Keep the class: train on its rejected images too.")
     add("--prior_loss_weight", type=not_negative, default=1.0, help="Weight of --with_prior_preservation.")

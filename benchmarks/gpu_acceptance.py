@@ -56,7 +56,7 @@ DETERMINISTIC = (
     "import runpy, sys, torch; torch.use_deterministic_algorithms(True); sys.argv = sys.argv[1:]; "
     "runpy.run_path(sys.argv[0], run_name='__main__')"
 )
-# DESIGN.md's targets for full fine-tuning at 1024 px: rows of step_cost.py and what they are held to.
+# Targets for full fine-tuning at 1024 px: rows of step_cost.py and what they are held to.
 STEP_ROWS = ("MaPO, checkpointing", "MaPO, the authors' way", "Diffusion-DPO as commonly run", "MaPO, compiled")
 
 
@@ -313,7 +313,7 @@ def do_resume(entry: dict, folder: Path, args: argparse.Namespace, deadline: flo
 
 
 def do_step_cost(entry: dict, folder: Path, args: argparse.Namespace, deadline: float) -> dict:
-    """DESIGN.md, section 5: 2 x the authors' way, 2.5 x Diffusion-DPO, half of the matmul peak, memory."""
+    """Targets: 2 x the authors' way, 2.5 x Diffusion-DPO, half of the matmul peak, memory."""
     from step_report import add_shares
 
     budget = min(240.0, deadline - time.time() - 10)

@@ -158,9 +158,10 @@ def preference_report(output_dir: str, base: str | None = None) -> str:
     known_figures, new_figures = (measure(generate(pipeline, captions), captions) for captions in (known, new))
     by_word, real = figures["base_on_validation_captions_in_openmoji_style"], figures["unseen_openmoji_drawings"]
     lines = [
-        "Images before -> after, of captions that no pair of the training has. "
-        f"Left: {len(known)} (in brackets: before, asked for by word). "
-        f"Right: {len(new)} of which the base has never seen OpenMoji's drawing (its real ones, as if unknown)."
+        "Images before -> after, for captions in no training pair. "
+        f"Left: {len(known)} (in brackets: before, style named in the prompt). "
+        f"Right: {len(new)} whose OpenMoji drawing the base has never seen "
+        "(in brackets: the real ones, as if unknown)."
     ]
     for row in (style, *ROWS):
         changes = change(row, figures["base_on_validation_captions"], known_figures, by_word)

@@ -25,7 +25,7 @@ def counted(memory):
 
 
 def test_a_lora_trains_on_16_gb_and_all_weights_on_40(memory, counted):
-    """Encoding, training and the images afterwards, with room for what isn't counted. DESIGN.md, section 5."""
+    """Encoding, training and the images afterwards, with room for what isn't counted."""
     _, rows = counted
     assert rows["LoRA, 4 pairs"]["peak"] + memory.ROOM <= 16
     assert rows["8-bit AdamW, 4 pairs"]["peak"] + memory.ROOM <= 40
