@@ -549,11 +549,11 @@ def table(head: list[str], lines: list[list[str]]) -> str:
     return "\n".join("| " + " | ".join(line) + " |" for line in (head, ["---"] * len(head), *lines)) + "\n"
 
 
-def describe(rows: list[dict]) -> list[str]:
+def describe(rows: list[dict], world: World) -> list[str]:
     """The mean over seeds of each figure; of the score with a 95 % interval over captions and seeds."""
     cells = [f"{np.mean([row[name] for row in rows]):.3g}" for name in FIGURES]
     scores = np.concatenate([row["scores"] for row in rows])
-    captions = list(range(len(rows[0]["scores"]))) * len(rows)
+    captions = world.splits[rows[0]["task"]][rows[0]["split"]] * len(rows)
     low, high = bootstrap_interval(scores, captions)
     cells[FIGURES.index("score")] += f" ({low:.2f} to {high:.2f})"
     return cells
@@ -594,14 +594,14 @@ def write_report(runs: Runs, folder: Path) -> None:
         found = {method: final_rows(runs, task, method) for method in ("base", *GRID, *FORMS)}
         found = {method: rows for method, rows in found.items() if rows}
         lines = [
-            [method, name_setting(rows[0]) if rows[0]["rate"] else "", str(len(rows)), *describe(rows)]
+            [method, name_setting(rows[0]) if rows[0]["rate"] else "", str(len(rows)), *describe(rows, world)]
             for method, rows in found.items()
         ]
         similarity = found["base"][0]["similarity"]
         parts.append(f"## {task}\n\nSimilarity of the base's images and the winners: {similarity:.2f}\n\n")
         parts[-1] += table(["method", "best setting", "seeds", *FIGURES], lines)
         tried = select(runs, task=task, split="validation")
-        lines = [[row["method"], name_setting(row), *describe([row])] for row in tried if row["rate"]]
+        lines = [[row["method"], name_setting(row), *describe([row], world)] for row in tried if row["rate"]]
         parts[-1] += "\nAll settings that were tried, on the validation captions:\n\n"
         parts[-1] += table(["method", "setting", *FIGURES], lines)
         swept = [
@@ -610,7 +610,7 @@ def write_report(runs: Runs, folder: Path) -> None:
         ]  # fmt: skip
         swept.sort(key=lambda row: (row["beta"], row["rate"], -1 if row["safeguard"] is None else row["safeguard"]))
         lines = [
-            [name_setting(row), str(row["safeguard"]), f"{row['margin_weight']:.3g}", *describe([row])]
+            [name_setting(row), str(row["safeguard"]), f"{row['margin_weight']:.3g}", *describe([row], world)]
             for row in swept
         ]
         parts[-1] += "\nMaPO, on the test captions, seed 0:\n\n"
