@@ -45,6 +45,7 @@ import hashlib
 import json
 import sys
 import time
+from itertools import product
 from pathlib import Path
 from typing import NamedTuple
 
@@ -501,29 +502,23 @@ def stage_forms(runs: Runs, tasks: list[str]) -> None:
 
 def stage_safeguard(runs: Runs, tasks: list[str]) -> None:
     """The strength of the safeguard, at plain MaPO's best beta and rate."""
-    for task in tasks:
-        for safeguard in (0.0, 0.5, 0.8, 0.9):
-            runs.get(task, "MaPO, safeguard", **runs.best(task, "MaPO"), safeguard=safeguard)
+    for seed, task, safeguard in product(SEEDS, tasks, (0.0, 0.5, 0.8, 0.9)):
+        runs.get(task, "MaPO, safeguard", **runs.best(task, "MaPO"), safeguard=safeguard, seed=seed)
 
 
 def stage_betas(runs: Runs, tasks: list[str]) -> None:
-    for task in tasks:
-        for beta in (0.1, 1, 8, 64, 512, 4096):
-            runs.get(task, "MaPO", beta=beta, rate=runs.best(task, "MaPO")["rate"])
+    for seed, task, beta in product(SEEDS, tasks, (0.1, 1, 8, 64, 512, 4096)):
+        runs.get(task, "MaPO", beta=beta, rate=runs.best(task, "MaPO")["rate"], seed=seed)
 
 
 def stage_pairs(runs: Runs, tasks: list[str]) -> None:
-    for task in tasks:
-        for pairs in (25, 50, 99):
-            for method in GRID:
-                runs.get(task, method, **runs.best(task, method), pairs=pairs)
+    for seed, task, pairs, method in product(SEEDS, tasks, (25, 50, 99), GRID):
+        runs.get(task, method, **runs.best(task, method), pairs=pairs, seed=seed)
 
 
 def stage_noise(runs: Runs, tasks: list[str]) -> None:
-    for task in tasks:
-        for noise in (0.2, 0.4):
-            for method in GRID:
-                runs.get(task, method, **runs.best(task, method), noise=noise)
+    for seed, task, noise, method in product(SEEDS, tasks, (0.2, 0.4), GRID):
+        runs.get(task, method, **runs.best(task, method), noise=noise, seed=seed)
 
 
 STAGES = {
@@ -551,12 +546,24 @@ def table(head: list[str], lines: list[list[str]]) -> str:
 
 def describe(rows: list[dict], world: World) -> list[str]:
     """The mean over seeds of each figure; of the score with a 95 % interval over captions and seeds."""
-    cells = [f"{np.mean([row[name] for row in rows]):.3g}" for name in FIGURES]
+    cells = [f"{mean(rows, name):.3g}" for name in FIGURES]
     scores = np.concatenate([row["scores"] for row in rows])
     captions = world.splits[rows[0]["task"]][rows[0]["split"]] * len(rows)
     low, high = bootstrap_interval(scores, captions)
     cells[FIGURES.index("score")] += f" ({low:.2f} to {high:.2f})"
     return cells
+
+
+def mean(rows: list[dict], name: str) -> float:
+    return float(np.mean([row[name] for row in rows]))
+
+
+def group(rows: list[dict], *names: str) -> dict[tuple, list[dict]]:
+    """The rows by their values of these names, in ascending order; None comes first."""
+    groups = {}
+    for row in rows:
+        groups.setdefault(tuple(row[name] for name in names), []).append(row)
+    return dict(sorted(groups.items(), key=lambda item: [(value is not None, value) for value in item[0]]))
 
 
 def select(runs: Runs, **wanted) -> list[dict]:
@@ -604,18 +611,16 @@ def write_report(runs: Runs, folder: Path) -> None:
         lines = [[row["method"], name_setting(row), *describe([row], world)] for row in tried if row["rate"]]
         parts[-1] += "\nAll settings that were tried, on the validation captions:\n\n"
         parts[-1] += table(["method", "setting", *FIGURES], lines)
-        swept = [
-            row for row in select(runs, task=task, split="test", seed=0, pairs=0, noise=0.0)
-            if row["method"].startswith("MaPO")
-        ]  # fmt: skip
-        swept.sort(key=lambda row: (row["beta"], row["rate"], -1 if row["safeguard"] is None else row["safeguard"]))
+        swept = [row for row in select(runs, task=task, split="test", pairs=0, noise=0.0) if "MaPO" in row["method"]]
         lines = [
-            [name_setting(row), str(row["safeguard"]), f"{row['margin_weight']:.3g}", *describe([row], world)]
-            for row in swept
+            [name_setting(rows[0]), str(rows[0]["safeguard"]), str(len(rows)), f"{mean(rows, 'margin_weight'):.3g}"]
+            + describe(rows, world)
+            for rows in group(swept, "beta", "rate", "safeguard").values()
         ]
-        parts[-1] += "\nMaPO, on the test captions, seed 0:\n\n"
-        parts[-1] += table(["setting", "safeguard", "margin's weight", *FIGURES], lines)
-        betas = {row["beta"]: row for row in swept if "MaPO" in found and same_but_beta(row, found["MaPO"][0])}
+        parts[-1] += "\nMaPO, on the test captions:\n\n"
+        parts[-1] += table(["setting", "safeguard", "seeds", "margin's weight", *FIGURES], lines)
+        same = [row for row in swept if "MaPO" in found and same_but_beta(row, found["MaPO"][0])]
+        betas = {beta: rows[0] for (beta,), rows in group(same, "beta").items()}  # seed 0
         strips = {task: {method: rows[0] for method, rows in found.items()}}
         strips |= {f"{task}_betas": {f"beta {beta:g}": row for beta, row in betas.items()}} if len(betas) > 1 else {}
         for name, rows in strips.items():
@@ -628,7 +633,7 @@ def write_report(runs: Runs, folder: Path) -> None:
 
 
 def same_but_beta(row: dict, other: dict) -> bool:
-    return all(row[key] == other[key] for key in KEYS if key != "beta")
+    return all(row[key] == other[key] for key in KEYS if key not in ("beta", "seed"))
 
 
 def make_strip(runs: Runs, found: dict[str, dict]) -> Image.Image:
@@ -649,47 +654,47 @@ def make_strip(runs: Runs, found: dict[str, dict]) -> Image.Image:
     return strip
 
 
+def plot_means(axis, rows: dict[tuple, list[dict]], name: str, label: str) -> None:
+    """A line through the seeds' means, and each seed's own point."""
+    if rows:
+        line = axis.plot([x for (x,) in rows], [mean(found, name) for found in rows.values()], label=label)
+        points = [(x, row[name]) for (x,), found in rows.items() for row in found]
+        axis.scatter(*zip(*points), color=line[0].get_color(), s=9)
+
+
 def plot_curves(runs: Runs, path: Path) -> None:
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(13, 8), layout="constrained")
-    axes = figure.subplots(2, 3).flat
-    x, gains = [], []
+    axes = figure.subplots(2, 3).ravel()
     for task in TASKS:
         rows = {method: final_rows(runs, task, method) for method in ("base", "MaPO", "Diffusion-DPO")}
         if all(rows.values()):
-            x.append(rows["base"][0]["similarity"])
-            gains.append(
-                np.mean([r["score"] for r in rows["MaPO"]]) - np.mean([r["score"] for r in rows["Diffusion-DPO"]])
-            )
-            axes[0].annotate(task, (x[-1], gains[-1]))
-        sweep = [row for row in runs.rows if rows["MaPO"] and same_but_beta(row, rows["MaPO"][0])]
-        sweep.sort(key=lambda row: row["beta"])
-        betas = [row["beta"] for row in sweep]
-        axes[1].semilogx(betas, [row["score"] for row in sweep], marker="o", label=task)
-        axes[2].loglog(betas, [row["margin_weight"] for row in sweep], marker="o", label=task)
-    axes[0].scatter(x, gains)
+            gain = mean(rows["MaPO"], "score") - mean(rows["Diffusion-DPO"], "score")
+            axes[0].scatter(rows["base"][0]["similarity"], gain, label=task)
+        sweep = group([row for row in runs.rows if rows["MaPO"] and same_but_beta(row, rows["MaPO"][0])], "beta")
+        for axis, name in ((axes[1], "score"), (axes[2], "margin_weight")):
+            plot_means(axis, sweep, name, task)
     axes[0].axhline(0, color="grey", linewidth=0.5)
     axes[0].set(xlabel="similarity of base and winners (right: less mismatch)", ylabel="score: MaPO - Diffusion-DPO")
-    axes[1].set(xlabel="beta of MaPO", ylabel="score")
-    axes[2].set(xlabel="beta of MaPO", ylabel="weight of the margin's gradient (SFT term: 1)")
+    axes[1].set(xlabel="beta of MaPO", ylabel="score", xscale="log")
+    label = "weight of the margin's gradient (SFT term: 1)"
+    axes[2].set(xlabel="beta of MaPO", ylabel=label, xscale="log", yscale="log")
     for method in GRID:
         rows = final_rows(runs, "known_style", method)
         if rows:
-            keys = ("task", "method", "beta", "rate", "safeguard", "split", "seed")
-            same = select(runs, **{key: rows[0][key] for key in keys})
+            same = select(runs, **{key: rows[0][key] for key in KEYS if key not in ("pairs", "noise", "seed")})
             number = len(runs.world.splits["known_style"]["train"])
-            pairs = sorted((row["pairs"] or number, row["score"]) for row in same if not row["noise"])
-            noise = sorted((row["noise"], row["score"]) for row in same if not row["pairs"])
-            axes[3].plot(*zip(*pairs), marker="o", label=method)
-            axes[4].plot(*zip(*noise), marker="o", label=method)
+            pairs = group([row | {"pairs": row["pairs"] or number} for row in same if not row["noise"]], "pairs")
+            plot_means(axes[3], pairs, "score", method)
+            plot_means(axes[4], group([row for row in same if not row["pairs"]], "noise"), "score", method)
     axes[3].set(xlabel="pairs (known_style)", ylabel="score")
     axes[4].set(xlabel="fraction of swapped labels (known_style)", ylabel="score")
     for method in ("base", *GRID, *FORMS):
         rows = [row for task in TASKS for row in final_rows(runs, task, method)]
         axes[5].scatter([row["mse_w"] for row in rows], [row["score"] for row in rows], label=method)
     axes[5].set(xlabel="mse_w on held-out pairs", ylabel="score, all tasks")
-    for axis in axes[1:]:
+    for axis in axes:
         if axis.get_legend_handles_labels()[0]:
             axis.legend(fontsize=7)
     figure.savefig(path, dpi=90)

@@ -20,7 +20,7 @@ MaPO, DCO and DreamBooth on the demo's subject, each at its best of a small sear
 A run is train_dreambooth_lora_mapo_sdxl.py, as a user starts it, of the demo's photos and steps; the figures are those
 that it prints. A loss's setting is the one with the highest product of two: images on the photos' captions that are
 nearest to a photo, and other captions that are kept (of equal ones the one whose colours are nearer). New contexts and
-the class take no part in the choice. Writes personalization.jsonl (a line a run), .md and .png to benchmarks/results.
+the class take no part in the choice. Writes personalization.jsonl (a line a run), .md and .webp to benchmarks/results.
 """
 
 import argparse
@@ -154,7 +154,8 @@ def write_report(runs: Runs, losses: list[str]) -> None:
     runs.path.with_suffix(".md").write_text(text)
     print(text)
     grids = {loss: folder(runs.work_dir, loss, rows[0]["tried"], 0) for loss, rows in final.items()}
-    make_picture({loss: path / "before_after.png" for loss, path in grids.items()}).save(runs.path.with_suffix(".png"))
+    picture = make_picture({loss: path / "before_after.png" for loss, path in grids.items()})
+    picture.save(runs.path.with_suffix(".webp"), quality=90)
 
 
 def make_picture(grids: dict[str, Path]) -> Image.Image:

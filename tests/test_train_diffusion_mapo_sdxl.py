@@ -715,7 +715,7 @@ def test_a_loaded_lora_generates_the_runs_own_after(train, monkeypatch, capsys):
     monkeypatch.setattr(report, "NUM_INFERENCE_STEPS", 2)
     layers = "--lora_layers=to_k,to_q,to_v,to_out.0,conv1,conv2"
     out = train("--use_lora", "--rank=4", "--learning_rate=1e-2", layers, "--output_kohya_format", demo=True)
-    assert "Images before -> after, of captions that no pair" in capsys.readouterr().out
+    assert "Images before -> after, for captions in no training pair" in capsys.readouterr().out
     after = np.asarray(Image.open(out / "before_after.png").crop((140, 42, 268, 170))).astype(int)
     for path in sorted(out.glob("*.safetensors")):
         pipeline = StableDiffusionXLPipeline.from_pretrained(MODEL, dtype=torch.float32)
