@@ -77,7 +77,7 @@ BATCH, STEPS, WARMUP = 8, 100, 10
 RATES = (1e-5, 3e-5, 1e-4)
 GRID = {  # a method's betas and rates; both are tried with each other
     "SFT": ((0,), (*RATES, 3e-4)),
-    "Diffusion-DPO": ((1000, 5000), RATES),
+    "Diffusion-DPO": ((1000, 5000, 20_000, 100_000), RATES),
     "MaPO": ((8, 64), RATES),
     "MaPO, safeguard": ((8,), RATES),
 }
@@ -624,8 +624,8 @@ def write_report(runs: Runs, folder: Path) -> None:
         strips = {task: {method: rows[0] for method, rows in found.items()}}
         strips |= {f"{task}_betas": {f"beta {beta:g}": row for beta, row in betas.items()}} if len(betas) > 1 else {}
         for name, rows in strips.items():
-            make_strip(runs, rows).save(folder / f"{name}.png")
-            parts[-1] += f"\n![{name}]({name}.png)\n"
+            make_strip(runs, rows).save(folder / f"{name}.webp", quality=90)
+            parts[-1] += f"\n![{name}]({name}.webp)\n"
     plot_curves(runs, folder / "curves.png")
     parts.append("![curves](curves.png)\n")
     head = f"Base {world.base}. Judges are right on drawings after the VAE: {judged(world)}."

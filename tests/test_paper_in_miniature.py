@@ -144,8 +144,20 @@ def test_stages_and_report(small, monkeypatch, capsys):
     base, *runs = [row for row in rows if row["split"] == "test" and row["task"] == "culture"]
     assert base["method"] == "base" and all(row["mse_w"] != base["mse_w"] for row in runs)
     report = (small / "report" / "report.md").read_text()
-    assert "| Diffusion-DPO | beta 100, " in report and (small / "report" / "culture.png").exists()
+    assert "| Diffusion-DPO | beta 100, " in report and (small / "report" / "culture.webp").exists()
     capsys.readouterr()
     miniature.main()  # everything is there: nothing is run
     assert "method=" not in capsys.readouterr().out
     assert len((small / "runs.jsonl").read_text().splitlines()) == len(rows)
+
+
+def test_seeds_are_averaged_a_setting():
+    rows = [
+        {"safeguard": safeguard, "score": score} for safeguard, score in ((0.9, 1), (None, 2), (0.0, 4), (None, 5))
+    ]
+    groups = miniature.group(rows, "safeguard")
+    assert [(key, miniature.mean(found, "score")) for (key,), found in groups.items()] == [
+        (None, 3.5),
+        (0.0, 4),
+        (0.9, 1),
+    ]
