@@ -1056,7 +1056,7 @@ def measure_held_out(step: int, training: Training, dataset, noise_scheduler, lo
     if len(risen) == 1 and risen == errors[-1:]:
         logger.warning(
             f"Step {step}: the error on held-out chosen images rose from {errors[0][1]:.4g} to {errors[-1][1]:.4g}: "
-            "the winner's likelihood falls, and images may be ruined. Try --safeguard (0.8 or more), a lower "
+            "the winner's likelihood falls, and images may be ruined. Try --safeguard (0.8 or more), another "
             f"--learning_rate or a larger --beta_mapo. Checkpoints up to step {errors[-2][0]} are from before that."
         )
 

@@ -14,7 +14,7 @@
 """
 MaPO, DCO and DreamBooth on the demo's subject, each at its best of a small search, with three seeds.
 
-    python benchmarks/personalization.py    # 35 runs of some two minutes on one core; goes on where it ended
+    python benchmarks/personalization.py    # 34 runs of some two minutes on one core; goes on where it ended
     python benchmarks/personalization.py --losses DCO "MaPO, prior preservation"
 
 A run is train_dreambooth_lora_mapo_sdxl.py, as a user starts it, of the demo's photos and steps; the figures are those

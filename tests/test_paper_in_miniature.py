@@ -130,6 +130,7 @@ def small(monkeypatch, tmp_path):
     monkeypatch.setattr(miniature, "FORMS", {})
     monkeypatch.setattr(miniature, "SEEDS", (0,))
     monkeypatch.setattr(miniature, "MAX_CAPTIONS", 3)
+    monkeypatch.setattr("demo.report.NUM_INFERENCE_STEPS", 2)
     return tmp_path
 
 
@@ -144,7 +145,8 @@ def test_stages_and_report(small, monkeypatch, capsys):
     base, *runs = [row for row in rows if row["split"] == "test" and row["task"] == "culture"]
     assert base["method"] == "base" and all(row["mse_w"] != base["mse_w"] for row in runs)
     report = (small / "report" / "report.md").read_text()
-    assert "| Diffusion-DPO | beta 100, " in report and (small / "report" / "culture.webp").exists()
+    assert "| Diffusion-DPO | beta 100, " in report and "| method | less SFT | less Diffusion-DPO |" in report
+    assert (small / "report" / "culture.webp").exists()
     capsys.readouterr()
     miniature.main()  # everything is there: nothing is run
     assert "method=" not in capsys.readouterr().out
