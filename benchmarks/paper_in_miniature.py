@@ -42,7 +42,6 @@ a time around the best, the last two on known_style only; `report` writes tables
 import argparse
 import copy
 import hashlib
-import json
 import sys
 import time
 from itertools import product
@@ -62,6 +61,7 @@ sys.path.insert(0, str(REPO))
 from demo import build_demo  # noqa: E402
 from demo.report import DEMO, generate, held_out_captions, load_pipeline, load_sheets  # noqa: E402
 from demo.style_judge import FOUNDRIES, StyleJudge, to_batch  # noqa: E402
+from evaluation.common import JsonLines, markdown_table  # noqa: E402
 from evaluation.compare import bootstrap_interval  # noqa: E402
 from mapo_loss import mapo_loss  # noqa: E402
 
@@ -81,7 +81,8 @@ GRID = {  # a method's betas and rates; both are tried with each other
     "MaPO": ((8, 64), RATES),
     "MaPO, safeguard": ((8,), RATES),
 }
-FORMS = {"SimPO's form": ((100, 1000), RATES), "ORPO's form": ((1, 10), RATES)}  # tried on known_style only
+FORMS = {"SimPO's form": ((100, 1000), RATES), "ORPO's form": ((1, 10), RATES)}
+ONE_TASK = {"known_style"}  # of the stages forms, pairs and noise
 SEEDS = (0, 1, 2)
 JUDGE_STEPS = 600
 FAR = 50.0  # grey levels; of the base's images 95 % are nearer to a drawing of their caption
@@ -447,9 +448,8 @@ class Runs:
     """Lines of a file, each a setting with its figures; `get` runs what isn't there."""
 
     def __init__(self, path: Path, world: World, images_dir: Path) -> None:
-        self.path, self.world, self.images_dir = path, world, images_dir
-        lines = path.read_text().splitlines() if path.exists() else []
-        self.rows = [row for row in map(json.loads, lines) if row["base"] == world.base]
+        self.log, self.world, self.images_dir = JsonLines(path), world, images_dir
+        self.rows = [row for row in self.log.rows if row["base"] == world.base]
 
     def get(self, task: str, method: str, **changes) -> dict:
         setting = {"task": task, "method": method, "beta": 0, "rate": 0, "safeguard": None, "pairs": 0, "noise": 0.0}
@@ -463,8 +463,7 @@ class Runs:
         figures = run(setting, self.world, self.images_dir)
         row = setting | {"base": self.world.base} | figures | {"s": round(time.monotonic() - started, 1)}
         self.rows.append(row)
-        with self.path.open("a") as file:
-            file.write(json.dumps(row) + "\n")
+        self.log.add(row)
         print(
             " ".join(f"{k}={v:.3g}" if isinstance(v, float) else f"{k}={v}" for k, v in row.items() if k != "scores")
         )
@@ -495,9 +494,8 @@ def stage_final(runs: Runs, tasks: list[str]) -> None:
 
 def stage_forms(runs: Runs, tasks: list[str]) -> None:
     """SimPO's and ORPO's form on the same two errors, tuned and run like the others."""
-    for method in FORMS:
-        for seed in SEEDS:
-            runs.get("known_style", method, **runs.best("known_style", method), seed=seed)
+    for task, method, seed in product(ONE_TASK & {*tasks}, FORMS, SEEDS):
+        runs.get(task, method, **runs.best(task, method), seed=seed)
 
 
 def stage_safeguard(runs: Runs, tasks: list[str]) -> None:
@@ -512,13 +510,13 @@ def stage_betas(runs: Runs, tasks: list[str]) -> None:
 
 
 def stage_pairs(runs: Runs, tasks: list[str]) -> None:
-    for seed, pairs, method in product(SEEDS, (25, 49, 98), GRID):
-        runs.get("known_style", method, **runs.best("known_style", method), pairs=pairs, seed=seed)
+    for seed, task, pairs, method in product(SEEDS, ONE_TASK & {*tasks}, (25, 49, 98), GRID):
+        runs.get(task, method, **runs.best(task, method), pairs=pairs, seed=seed)
 
 
 def stage_noise(runs: Runs, tasks: list[str]) -> None:
-    for seed, noise, method in product(SEEDS, (0.2, 0.4), GRID):
-        runs.get("known_style", method, **runs.best("known_style", method), noise=noise, seed=seed)
+    for seed, task, noise, method in product(SEEDS, ONE_TASK & {*tasks}, (0.2, 0.4), GRID):
+        runs.get(task, method, **runs.best(task, method), noise=noise, seed=seed)
 
 
 STAGES = {
@@ -541,29 +539,24 @@ PEERS = ("SFT", "Diffusion-DPO")
 FIGURES = ("preferred", "recognised", "score", "distance", "frechet", "mse_w", "mse_l", "accuracy")
 
 
-def table(head: list[str], lines: list[list[str]]) -> str:
-    return "\n".join("| " + " | ".join(line) + " |" for line in (head, ["---"] * len(head), *lines)) + "\n"
+def mean(rows: list[dict], name: str) -> float:
+    return float(np.mean([row[name] for row in rows]))
+
+
+def interval(rows: list[dict], world: World, less: list[dict] | None = None) -> tuple[float, float, float]:
+    """The runs' mean score, or how much higher it is than that of others, images paired; with its 95 % interval over
+    captions."""
+    scores = np.mean([row["scores"] for row in rows], axis=0)
+    if less is not None:
+        scores -= np.mean([row["scores"] for row in less], axis=0)
+    return float(scores.mean()), *bootstrap_interval(scores, world.splits[rows[0]["task"]][rows[0]["split"]])
 
 
 def describe(rows: list[dict], world: World) -> list[str]:
-    """The mean over seeds of each figure; of the score with a 95 % interval over captions."""
+    """The mean over seeds of each figure, of the score with its interval."""
     cells = [f"{mean(rows, name):.3g}" for name in FIGURES]
-    scores = np.concatenate([row["scores"] for row in rows])
-    captions = world.splits[rows[0]["task"]][rows[0]["split"]] * len(rows)
-    low, high = bootstrap_interval(scores, captions)
-    cells[FIGURES.index("score")] += f" ({low:.2f} to {high:.2f})"
+    cells[FIGURES.index("score")] += " ({1:.2f} to {2:.2f})".format(*interval(rows, world))
     return cells
-
-
-def difference(rows: list[dict], others: list[dict], world: World) -> tuple[float, float, float]:
-    """How much higher the first runs score, images paired, and its 95 % interval over captions."""
-    first, second = (np.mean([row["scores"] for row in of], axis=0) for of in (rows, others))
-    captions = world.splits[rows[0]["task"]][rows[0]["split"]]
-    return float((first - second).mean()), *bootstrap_interval(first - second, captions)
-
-
-def mean(rows: list[dict], name: str) -> float:
-    return float(np.mean([row[name] for row in rows]))
 
 
 def group(rows: list[dict], *names: str) -> dict[tuple, list[dict]]:
@@ -576,6 +569,11 @@ def group(rows: list[dict], *names: str) -> dict[tuple, list[dict]]:
 
 def select(runs: Runs, **wanted) -> list[dict]:
     return [row for row in runs.rows if wanted.items() <= row.items()]
+
+
+def like(runs: Runs, row: dict, *varied: str) -> list[dict]:
+    """Runs of this one's setting but for what is varied."""
+    return select(runs, **{key: row[key] for key in KEYS if key not in varied})
 
 
 def name_setting(setting: dict) -> str:
@@ -614,17 +612,17 @@ def write_report(runs: Runs, folder: Path) -> None:
         ]
         similarity = found["base"][0]["similarity"]
         parts.append(f"## {task}\n\nSimilarity of the base's images and the winners: {similarity:.2f}\n\n")
-        parts[-1] += table(["method", "best setting", "seeds", *FIGURES], lines)
+        parts[-1] += markdown_table(["method", "best setting", "seeds", *FIGURES], lines) + "\n"
         lines = []
         for ours in [method for method in found if method.startswith("MaPO") and {*PEERS} <= found.keys()]:
-            differences = [difference(found[ours], found[peer], world) for peer in PEERS]
+            differences = [interval(found[ours], world, less=found[peer]) for peer in PEERS]
             lines.append([ours, *("{:+.2f} ({:+.2f} to {:+.2f})".format(*values) for values in differences)])
         parts[-1] += "\nDifferences in score, images paired:\n\n"
-        parts[-1] += table(["method", *(f"less {peer}" for peer in PEERS)], lines)
+        parts[-1] += markdown_table(["method", *(f"less {peer}" for peer in PEERS)], lines) + "\n"
         tried = select(runs, task=task, split="validation")
         lines = [[row["method"], name_setting(row), *describe([row], world)] for row in tried if row["rate"]]
         parts[-1] += "\nAll settings that were tried, on the validation captions:\n\n"
-        parts[-1] += table(["method", "setting", *FIGURES], lines)
+        parts[-1] += markdown_table(["method", "setting", *FIGURES], lines) + "\n"
         swept = [row for row in select(runs, task=task, split="test", pairs=0, noise=0.0) if "MaPO" in row["method"]]
         lines = [
             [name_setting(rows[0]), str(rows[0]["safeguard"]), str(len(rows)), f"{mean(rows, 'margin_weight'):.3g}"]
@@ -632,9 +630,9 @@ def write_report(runs: Runs, folder: Path) -> None:
             for rows in group(swept, "beta", "rate", "safeguard").values()
         ]
         parts[-1] += "\nMaPO, on the test captions:\n\n"
-        parts[-1] += table(["setting", "safeguard", "seeds", "margin's weight", *FIGURES], lines)
-        same = [row for row in swept if "MaPO" in found and same_but_beta(row, found["MaPO"][0])]
-        betas = {beta: rows[0] for (beta,), rows in group(same, "beta").items()}  # seed 0
+        parts[-1] += markdown_table(["setting", "safeguard", "seeds", "margin's weight", *FIGURES], lines) + "\n"
+        same = like(runs, found["MaPO"][0], "beta") if "MaPO" in found else []
+        betas = {beta: row for (beta,), (row,) in group(same, "beta").items()}
         strips = {task: {method: rows[0] for method, rows in found.items()}}
         strips |= {f"{task}_betas": {f"beta {beta:g}": row for beta, row in betas.items()}} if len(betas) > 1 else {}
         for name, rows in strips.items():
@@ -644,10 +642,6 @@ def write_report(runs: Runs, folder: Path) -> None:
     parts.append("![curves](curves.png)\n")
     head = f"Base {world.base}. Judges are right on drawings after the VAE: {judged(world)}."
     (folder / "report.md").write_text("\n".join([f"# The paper in miniature\n\n{head}\n", *parts]))
-
-
-def same_but_beta(row: dict, other: dict) -> bool:
-    return all(row[key] == other[key] for key in KEYS if key not in ("beta", "seed"))
 
 
 def make_strip(runs: Runs, found: dict[str, dict]) -> Image.Image:
@@ -684,10 +678,10 @@ def plot_curves(runs: Runs, path: Path) -> None:
     for task in TASKS:
         rows = {method: final_rows(runs, task, method) for method in ("base", "MaPO", "Diffusion-DPO")}
         if all(rows.values()):
-            gain, low, high = difference(rows["MaPO"], rows["Diffusion-DPO"], runs.world)
+            gain, low, high = interval(rows["MaPO"], runs.world, less=rows["Diffusion-DPO"])
             error = [[gain - low], [high - gain]]
             axes[0].errorbar(rows["base"][0]["similarity"], gain, error, fmt="o", label=task)
-        sweep = group([row for row in runs.rows if rows["MaPO"] and same_but_beta(row, rows["MaPO"][0])], "beta")
+        sweep = group(like(runs, rows["MaPO"][0], "beta", "seed") if rows["MaPO"] else [], "beta")
         for axis, name in ((axes[1], "score"), (axes[2], "margin_weight")):
             plot_means(axis, sweep, name, task)
     axes[0].axhline(0, color="grey", linewidth=0.5)
@@ -698,7 +692,7 @@ def plot_curves(runs: Runs, path: Path) -> None:
     for method in GRID:
         rows = final_rows(runs, "known_style", method)
         if rows:
-            same = select(runs, **{key: rows[0][key] for key in KEYS if key not in ("pairs", "noise", "seed")})
+            same = like(runs, rows[0], "pairs", "noise", "seed")
             number = len(runs.world.splits["known_style"]["train"])
             pairs = group([row | {"pairs": row["pairs"] or number} for row in same if not row["noise"]], "pairs")
             plot_means(axes[3], pairs, "score", method)

@@ -25,7 +25,6 @@ the class take no part in the choice. Writes personalization.jsonl (a line a run
 
 import argparse
 import hashlib
-import json
 import re
 import resource
 import subprocess
@@ -40,6 +39,11 @@ from PIL import Image, ImageDraw, ImageFont
 
 
 REPO = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(REPO))
+
+from evaluation.common import JsonLines, markdown_table  # noqa: E402
+
+
 RATES = (3e-4, 1e-3, 3e-3)  # of the UNet's LoRA and of the tokens
 SEEDS = (0, 1, 2)
 PRIOR = "--with_prior_preservation"
@@ -87,11 +91,10 @@ class Runs:
     """Lines of a file, each a setting with its figures; `get` runs what isn't there."""
 
     def __init__(self, path: Path, work_dir: Path) -> None:
-        self.path, self.work_dir = path, work_dir
+        self.path, self.work_dir, self.log = path, work_dir, JsonLines(path)
         weights = (REPO / "demo/sdxl-tiny-emoji/unet/diffusion_pytorch_model.safetensors").read_bytes()
         self.base = hashlib.sha256(weights).hexdigest()[:12]
-        lines = path.read_text().splitlines() if path.exists() else []
-        self.rows = [row for row in map(json.loads, lines) if row["base"] == self.base]
+        self.rows = [row for row in self.log.rows if row["base"] == self.base]
 
     def get(self, loss: str, tried: list[str], seed: int = 0) -> dict:
         setting = {"loss": loss, "tried": tried, "seed": seed}
@@ -101,8 +104,7 @@ class Runs:
         about = {"base": self.base, "date": date.today().isoformat()}
         row = setting | about | train(loss, tried, seed, self.work_dir)
         self.rows.append(row)
-        with self.path.open("a") as file:
-            file.write(json.dumps(row) + "\n")
+        self.log.add(row)
         print(row, flush=True)
         return row
 
@@ -134,7 +136,7 @@ def cells(rows: list[dict], when: str = "") -> list[str]:
 def table(lines: list[list[str]]) -> str:
     head = ["loss", "setting", "photos' captions: subject, %", "palette", "new contexts: subject, %", "palette"]
     head += ["no token: subject, %", "palette", "other captions kept, %", "distance"]
-    return "\n".join("| " + " | ".join(line) + " |" for line in (head, ["---"] * len(head), *lines)) + "\n"
+    return markdown_table(head, lines) + "\n"
 
 
 def name_setting(row: dict) -> str:

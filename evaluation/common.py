@@ -136,6 +136,11 @@ class JsonLines:
         self.rows += rows
 
 
+def markdown_table(head, rows) -> str:
+    lines = (head, ["---"] * len(head), *rows)
+    return "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines)
+
+
 def check_output_dir(path: Path) -> None:
     for place in (path, *path.parents):
         if place.exists() and not place.is_dir():

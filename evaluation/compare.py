@@ -40,7 +40,7 @@ from tqdm.auto import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from evaluation.common import JsonLines, fail, open_image, run_script, whole_file, write_json
+from evaluation.common import JsonLines, fail, markdown_table, open_image, run_script, whole_file, write_json
 
 
 RESAMPLES = 9999
@@ -201,11 +201,6 @@ def table_rows(results: list[dict]) -> list[list[str]]:
     return rows
 
 
-def markdown_table(results: list[dict]) -> str:
-    lines = [list(COLUMNS), ["---"] * len(COLUMNS), *table_rows(results)]
-    return "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines)
-
-
 # ---------------------------------------------------------------------------------------------------------------------
 # The page
 # ---------------------------------------------------------------------------------------------------------------------
@@ -325,7 +320,7 @@ def main(args: argparse.Namespace) -> None:
     results = compare(scores, args)
     for result in results:
         result["seeds"] = round(result["images"] / result["prompts"], 2)
-    table = markdown_table(results)
+    table = markdown_table(COLUMNS, table_rows(results))
     page = build_page(scores, results, args)
     for result in results:  # JSON has no NaN
         for name in ("difference_interval", "win_rate_interval"):

@@ -145,12 +145,32 @@ def test_stages_and_report(small, monkeypatch, capsys):
     base, *runs = [row for row in rows if row["split"] == "test" and row["task"] == "culture"]
     assert base["method"] == "base" and all(row["mse_w"] != base["mse_w"] for row in runs)
     report = (small / "report" / "report.md").read_text()
-    assert "| Diffusion-DPO | beta 100, " in report and "| method | less SFT | less Diffusion-DPO |" in report
-    assert (small / "report" / "culture.webp").exists()
+    assert "| Diffusion-DPO | beta 100, " in report and (small / "report" / "culture.webp").exists()
+    sft, _, mapo = ([row["score"] for row in runs if row["method"] == name] for name in miniature.GRID)
+    assert f"| MaPO | {mapo[0] - sft[0]:+.2f} (" in report.partition("## culture")[2]
     capsys.readouterr()
     miniature.main()  # everything is there: nothing is run
     assert "method=" not in capsys.readouterr().out
     assert len((small / "runs.jsonl").read_text().splitlines()) == len(rows)
+
+
+def test_scores_are_compared_image_by_image():
+    """Each run alone has an interval; the first ones' images are all better by a half, so the difference has none."""
+    world = SimpleNamespace(splits={"culture": {"test": [3, 3, 8, 9]}})
+    setting = {"task": "culture", "split": "test"}
+    rows = [setting | {"scores": scores} for scores in ([1.0, 0, 1, 0], [1.0, 1, 1, 1])]
+    others = [setting | {"scores": [0.5, 0, 0.5, 0]}]
+    assert miniature.interval(rows, world, less=others) == (0.5, 0.5, 0.5)
+    mean, low, high = miniature.interval(rows, world)
+    assert mean == 0.75 and 0.5 <= low < 0.75 < high <= 1
+
+
+def test_a_stage_runs_only_the_tasks_that_are_asked_for():
+    asked = []
+    runs = SimpleNamespace(get=lambda task, *_, **__: asked.append(task), best=lambda *_: {"beta": 8, "rate": 1e-4})
+    for name in ("final", "forms", "safeguard", "betas", "pairs", "noise"):
+        miniature.STAGES[name](runs, ["culture"])
+    assert set(asked) == {"culture"}
 
 
 def test_seeds_are_averaged_a_setting():
