@@ -613,8 +613,8 @@ def load_pipeline(
         except (OSError, ValueError) as error:
             flag = "--single_file_config" if single_file else "--pretrained_model_name_or_path"
             raise FileNotFoundError(
-                f"{flag} {configs}: is no folder and can't be downloaded; name a folder with an SDXL model in "
-                f"diffusers' format{', whose weights are not needed' if single_file else ''} ({error})"
+                f"{flag} {configs}: isn't a folder and can't be downloaded; name a folder with an SDXL model in "
+                f"diffusers' format ({error})"
             ) from error
     check_model_configs(single_file_config if single_file else model, configs, vae, prediction_type, cache_dir)
 
@@ -753,6 +753,9 @@ def hash_components(*components) -> str:
             for name, tensor in component.state_dict().items():
                 digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
                 digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+            for name, module in component.named_modules():
+                if hasattr(module, "scaling"):  # of a LoRA; it isn't among the weights
+                    digest.update(f"{name} {module.scaling!r}\n".encode())
         if isinstance(component, transformers.PreTrainedTokenizerBase):
             tokenizer = json.loads(component.backend_tokenizer.to_str())
             del tokenizer["truncation"]  # changes from call to call, like the next

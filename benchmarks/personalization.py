@@ -12,106 +12,126 @@
 # See the License for the specific language governing permissions and
 # limitations under the License.
 """
-MaPO, DCO and DreamBooth on the demo's subject, each at its best of a small search, with three seeds.
+MaPO, DCO and DreamBooth on the demo's photos of one cat, each at the best setting of a small search, with three seeds.
 
-    python benchmarks/personalization.py    # 34 runs of some two minutes on one core; goes on where it ended
+    python benchmarks/personalization.py    # 34 runs of about two minutes on one core; a second call resumes
     python benchmarks/personalization.py --losses DCO "MaPO, prior preservation"
 
-A run is train_dreambooth_lora_mapo_sdxl.py, as a user starts it, of the demo's photos and steps; the figures are those
-that it prints. A loss's setting is the one with the highest product of two: images on the photos' captions that are
-nearest to a photo, and other captions that are kept (of equal ones the one whose colours are nearer). New contexts and
-the class take no part in the choice. Writes personalization.jsonl (a line a run), .md and .webp to benchmarks/results.
+A run is `train_dreambooth_lora_mapo_sdxl.py` as a user starts it, with the demo's model, photos and number of steps. It
+is measured by demo/report.py. A loss's setting is the one with the highest product of two figures: the images for the
+photos' captions that show the subject, and the other captions that are still recognised. Of equal ones it is the one
+whose colours are nearer to the photos'. New contexts and the class take no part in the choice. Writes
+personalization.jsonl (a line for each run), .md and .webp to benchmarks/results.
+
+Runs are found again by their settings and by `base`, which names what they were made from: the demo's model, photos and
+settings. The training script's code isn't part of it; `date` says when a run was made.
 """
 
 import argparse
-import hashlib
+import json
 import re
 import resource
 import subprocess
 import sys
 from datetime import date
-from importlib.metadata import version
-from itertools import product
 from pathlib import Path
 
-import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
 
 REPO = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(REPO))
 
-from evaluation.common import JsonLines, markdown_table  # noqa: E402
+from demo import report  # noqa: E402
+from evaluation.common import JsonLines, hash_content, markdown_table, write_whole  # noqa: E402
 
 
-RATES = (3e-4, 1e-3, 3e-3)  # of the UNet's LoRA and of the tokens
+RATES = (3e-4, 1e-3, 3e-3)  # for both the LoRA and the new word
 SEEDS = (0, 1, 2)
-PRIOR = "--with_prior_preservation"
-LOSSES = {  # flags, and those tried with each rate
-    "MaPO": ([], ["--beta_mapo=64", "--beta_mapo=1024"]),
-    "MaPO, prior preservation": ([PRIOR], ["--beta_mapo=64", "--beta_mapo=1024"]),
-    "DCO": (["--loss_type=dco"], ["--beta_dco=100", "--beta_dco=1000"]),
-    "DreamBooth": (["--loss_type=dreambooth"], []),
-    "DreamBooth, prior preservation": (["--loss_type=dreambooth", PRIOR], []),
+# The flags of each loss, and the flags of the betas that are tried with each rate.
+LOSSES = {
+    "MaPO": ([], [["--beta_mapo=64"], ["--beta_mapo=1024"]]),
+    "MaPO, prior preservation": (["--with_prior_preservation"], [["--beta_mapo=64"], ["--beta_mapo=1024"]]),
+    "DCO": (["--loss_type=dco"], [["--beta_dco=100"], ["--beta_dco=1000"]]),
+    "DreamBooth": (["--loss_type=dreambooth"], [[]]),
+    "DreamBooth, prior preservation": (["--loss_type=dreambooth", "--with_prior_preservation"], [[]]),
 }
-PACKAGES = ("torch", "diffusers", "transformers", "accelerate", "peft")
-ROW = re.compile(r"^(.+): nearest (\d+)% before, (\d+)% after; palette (\S+) before, (\S+) after$", re.MULTILINE)
-OTHERS = re.compile(r"([\d.]+)%? -> +([\d.]+)%?  (nearest|distance)")
-PLACES = {"captions of the photos": "photos", "new contexts": "contexts", "both without the token": "class"}
+PLACES = ("photos", "contexts", "class")
+HEAD = ["loss", "setting", "photos' captions: subject, %", "palette", "new contexts: subject, %", "palette"]
+HEAD += ["no token: subject, %", "palette", "other captions kept, %", "distance"]
+# The runs of 2026-11-22 name what they were made from by the hash of the UNet alone. This is the hash of all of it.
+FIRST_CONTENT = "bc90c74022c169d44537be10ec4eb5ea"
+FIRST_BASE = "7c3fde53d63a"
 
 
-def train(loss: str, tried: list[str], seed: int, work_dir: Path) -> dict[str, float]:
-    """One training; what it printed, and the CPU seconds that it took, images included."""
-    command = [sys.executable, str(REPO / "train_dreambooth_lora_mapo_sdxl.py"), *LOSSES[loss][0], *tried]
-    command += [f"--seed={seed}", f"--output_dir={folder(work_dir, loss, tried, seed)}"]
-    command += [f"--cache_dir={work_dir / 'cache'}", "--checkpointing_steps=1000"]
+# ---- Runs -----------------------------------------------------------------------------------------------------------
+def name_base() -> str:
+    """Return the name of what every run is made from."""
+    settings = report.read_json(report.DEMO / "train_subject.json")
+    parts = []
+    for name in ("resolution", "max_train_steps", "guidance_scale", "validation_prompts"):
+        parts += [name, settings[name]]
+    for folder in ("sdxl-tiny-emoji", "subject"):
+        for path in sorted((report.DEMO / folder).rglob("*.*")):
+            parts += [path.relative_to(report.DEMO).as_posix(), path.read_bytes()]
+    content = hash_content(*parts)
+    return FIRST_BASE if content == FIRST_CONTENT else content[:12]
+
+
+def output_dir(work_dir: Path, row: dict) -> Path:
+    name = "_".join([row["loss"], *row["tried"], str(row["seed"]), row["base"]])
+    return work_dir / re.sub(r"[^\w.-]+", "_", name)
+
+
+def train(setting: dict, work_dir: Path) -> dict[str, float]:
+    """Return a run's figures as demo/report.py measures them, and the CPU seconds of its training."""
+    folder = output_dir(work_dir, setting)
+    flags, _ = LOSSES[setting["loss"]]
+    command = [sys.executable, str(REPO / "train_dreambooth_lora_mapo_sdxl.py"), *flags, *setting["tried"]]
+    command += [f"--seed={setting['seed']}", f"--output_dir={folder}", f"--cache_dir={work_dir / 'cache'}"]
+    command += ["--checkpointing_steps=1000", "--skip_final_inference"]
     before = resource.getrusage(resource.RUSAGE_CHILDREN)
-    said = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True).stdout
+    subprocess.run(command, check=True)
     after = resource.getrusage(resource.RUSAGE_CHILDREN)
-    seconds = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
-    return read_figures(said) | {"cpu_seconds": round(seconds)}
 
-
-def read_figures(said: str) -> dict[str, float]:
-    """The figures of demo/report.py's text, those of before under *_before."""
+    measured = report.measure_subject(folder)
     figures = {}
-    for title, *values in ROW.findall(said):
-        names = ("nearest_before", "nearest", "palette_before", "palette")
-        figures |= {f"{PLACES[title]}_{name}": float(value) for name, value in zip(names, values)}
-    for then, now, name in OTHERS.findall(said):
-        figures |= {f"others_{name}_before": float(then), f"others_{name}": float(now)}
+    for place in PLACES:
+        for suffix in ("_before", ""):
+            figures[f"{place}_nearest{suffix}"] = round(100 * measured[f"{place}_nearest{suffix}"], 0)
+            figures[f"{place}_palette{suffix}"] = round(measured[f"{place}_palette{suffix}"], 2)
+    for suffix in ("_before", ""):
+        figures[f"others_nearest{suffix}"] = round(100 * measured[f"others_recognised{suffix}"], 0)
+        figures[f"others_distance{suffix}"] = round(measured[f"others_distance{suffix}"], 1)
+    figures["cpu_seconds"] = round(after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime)
     return figures
 
 
-def folder(work_dir: Path, loss: str, tried: list[str], seed: int) -> Path:
-    return work_dir / re.sub(r"[^\w.-]+", "_", "_".join([loss, *tried, str(seed)]))
-
-
 class Runs:
-    """Lines of a file, each a setting with its figures; `get` runs what isn't there."""
+    """The rows of a results file: `get` returns a setting's row and runs it first if the file doesn't have it."""
 
     def __init__(self, path: Path, work_dir: Path) -> None:
-        self.path, self.work_dir, self.log = path, work_dir, JsonLines(path)
-        weights = (REPO / "demo/sdxl-tiny-emoji/unet/diffusion_pytorch_model.safetensors").read_bytes()
-        self.base = hashlib.sha256(weights).hexdigest()[:12]
-        self.rows = [row for row in self.log.rows if row["base"] == self.base]
+        self.log = JsonLines(path)
+        self.work_dir = work_dir
+        self.base = name_base()
 
     def get(self, loss: str, tried: list[str], seed: int = 0) -> dict:
-        setting = {"loss": loss, "tried": tried, "seed": seed}
-        for row in self.rows:
+        setting = {"loss": loss, "tried": tried, "seed": seed, "base": self.base}
+        for row in self.log.rows:
             if setting.items() <= row.items():
                 return row
-        about = {"base": self.base, "date": date.today().isoformat()}
-        row = setting | about | train(loss, tried, seed, self.work_dir)
-        self.rows.append(row)
+        row = {**setting, "date": date.today().isoformat(), **train(setting, self.work_dir)}
         self.log.add(row)
-        print(row, flush=True)
+        print(json.dumps(row), flush=True)
         return row
 
     def search(self, loss: str) -> list[dict]:
-        rates = [[f"--learning_rate={rate}", f"--text_encoder_lr={rate}"] for rate in RATES]
-        settings = product(rates, [[flag] for flag in LOSSES[loss][1]] or [[]])
-        return [self.get(loss, [*rate, *beta]) for rate, beta in settings]
+        rows = []
+        _, betas = LOSSES[loss]
+        for rate in RATES:
+            for beta in betas:
+                rows.append(self.get(loss, [f"--learning_rate={rate}", f"--text_encoder_lr={rate}", *beta]))
+        return rows
 
     def final(self, loss: str) -> list[dict]:
         best = max(self.search(loss), key=rank)
@@ -122,62 +142,82 @@ def rank(row: dict) -> tuple[float, float]:
     return row["photos_nearest"] * row["others_nearest"], row["photos_palette"]
 
 
-def cells(rows: list[dict], when: str = "") -> list[str]:
-    """Each figure of the runs; where they differ, one after the other."""
-    found = []
-    for place in PLACES.values():
-        for name, form in (("nearest", "{:.0f}"), ("palette", "{:.2f}")):
-            found.append([form.format(row[f"{place}_{name}{when}"]) for row in rows])
-    found.append([f"{row[f'others_nearest{when}']:.0f}" for row in rows])
-    found.append([f"{row[f'others_distance{when}']:.1f}" for row in rows])
-    return [values[0] if len(set(values)) == 1 else " ".join(values) for values in found]
+# ---- Report ---------------------------------------------------------------------------------------------------------
+def figure_cells(rows: list[dict], suffix: str = "") -> list[str]:
+    """Return a cell for each figure: its value in every run, or one value if all runs agree."""
+    columns = []
+    for place in PLACES:
+        columns.append([f"{row[f'{place}_nearest{suffix}']:.0f}" for row in rows])
+        columns.append([f"{row[f'{place}_palette{suffix}']:.2f}" for row in rows])
+    columns.append([f"{row[f'others_nearest{suffix}']:.0f}" for row in rows])
+    columns.append([f"{row[f'others_distance{suffix}']:.1f}" for row in rows])
+    cells = []
+    for values in columns:
+        cells.append(values[0] if len(set(values)) == 1 else " ".join(values))
+    return cells
 
 
-def table(lines: list[list[str]]) -> str:
-    head = ["loss", "setting", "photos' captions: subject, %", "palette", "new contexts: subject, %", "palette"]
-    head += ["no token: subject, %", "palette", "other captions kept, %", "distance"]
-    return markdown_table(head, lines) + "\n"
-
-
-def name_setting(row: dict) -> str:
-    values = [flag.partition("=")[2] for flag in row["tried"]]
-    return values[0] if len(values) < 3 else f"{values[0]}, beta {values[2]}"
+def setting_cell(row: dict) -> str:
+    """Return "0.001, beta 64" for the flags that were tried, whose two rates are the same."""
+    values = [flag.split("=")[1] for flag in row["tried"]]
+    return ", beta ".join([values[0], *values[2:]])
 
 
 def write_report(runs: Runs, losses: list[str]) -> None:
     final = {loss: runs.final(loss) for loss in losses}
-    lines = [["starting model", "", *cells(next(iter(final.values()))[:1], "_before")]]
-    lines += [[loss, name_setting(rows[0]), *cells(rows)] for loss, rows in final.items()]
-    searched = [[loss, name_setting(row), *cells([row])] for loss in losses for row in runs.search(loss)]
-    about = f"{max(row['date'] for row in runs.rows)}, CPU, " + ", ".join(f"{k} {version(k)}" for k in PACKAGES)
-    text = (
-        f"Seeds 0, 1, 2, where they differ:\n\n{table(lines)}\nAll settings, seed 0:\n\n{table(searched)}\n{about}\n"
-    )
-    runs.path.with_suffix(".md").write_text(text)
+    start = next(iter(final.values()))[:1]
+    lines = [["starting model", "", *figure_cells(start, "_before")]]
+    searched = []
+    dates = set()
+    for loss, rows in final.items():
+        lines.append([loss, setting_cell(rows[0]), *figure_cells(rows)])
+        for row in runs.search(loss) + rows:
+            dates.add(row["date"])
+        for row in runs.search(loss):
+            searched.append([loss, setting_cell(row), *figure_cells([row])])
+    text = f"Seeds 0, 1, 2, where they differ:\n\n{markdown_table(HEAD, lines)}\n\n"
+    text += f"All settings, seed 0:\n\n{markdown_table(HEAD, searched)}\n\nRuns of {', '.join(sorted(dates))}, CPU\n"
+    write_whole(runs.log.path.with_suffix(".md"), text)
     print(text)
-    grids = {loss: folder(runs.work_dir, loss, rows[0]["tried"], 0) for loss, rows in final.items()}
-    picture = make_picture({loss: path / "before_after.png" for loss, path in grids.items()})
-    picture.save(runs.path.with_suffix(".webp"), quality=90)
+
+    folders = {loss: output_dir(runs.work_dir, rows[0]) for loss, rows in final.items()}
+    if all(folder.exists() for folder in folders.values()):
+        make_picture(folders).save(runs.log.path.with_suffix(".webp"), quality=90)
 
 
-def make_picture(grids: dict[str, Path]) -> Image.Image:
-    """Of each run's grid the last "after" and "new contexts, after", side by side."""
-    rows = []
-    for loss, path in grids.items():
-        grid = Image.open(path)
-        bottoms = [grid.height - 2 * 168, grid.height]  # make_grid's rows are 168 high, images 128 of it
-        images = [np.asarray(grid.crop((110, bottom - 128, grid.width, bottom))) for bottom in bottoms]
-        row = Image.fromarray(np.pad(np.concatenate(images, axis=1), ((20, 4), (0, 0), (0, 0)), constant_values=255))
-        ImageDraw.Draw(row).text((4, 3), loss, "black", ImageFont.load_default(13))
-        rows.append(np.asarray(row))
-    return Image.fromarray(np.concatenate(rows))
+def make_picture(folders: dict[str, Path]) -> Image.Image:
+    """Return a row of images for each run: the photos' captions, then the new contexts."""
+    settings = report.read_json(report.DEMO / "train_subject.json")
+    rows = report.read_json_lines(report.DEMO / "subject" / "metadata.jsonl")
+    prompts = [row["text"] for row in rows] + settings["validation_prompts"]
+    size = 112
+    picture = Image.new("RGB", (size * len(prompts), (size + 24) * len(folders)), "white")
+    pen = ImageDraw.Draw(picture)
+    top = 0
+    for loss, folder in folders.items():
+        pen.text((4, top + 3), loss, "black", ImageFont.load_default(13))
+        pipeline = report.load_subject_pipeline(folder, settings["placeholder_token"][0])
+        for i, image in enumerate(report.generate(pipeline, prompts)):
+            picture.paste(image.resize((size, size), Image.Resampling.NEAREST), (size * i, top + 20))
+        top += size + 24
+    return picture
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--losses", nargs="+", choices=list(LOSSES), default=list(LOSSES))
-    parser.add_argument("--results", type=Path, default=REPO / "benchmarks" / "results" / "personalization.jsonl")
-    parser.add_argument("--work_dir", type=Path, default=REPO / "demo" / "build" / "personalization", help="Outputs.")
+    parser.add_argument("--losses", nargs="+", choices=list(LOSSES), default=list(LOSSES), help="Run only these.")
+    parser.add_argument(
+        "--results",
+        type=Path,
+        default=REPO / "benchmarks" / "results" / "personalization.jsonl",
+        help="The rows; the table and the picture are written beside it.",
+    )
+    parser.add_argument(
+        "--work_dir",
+        type=Path,
+        default=REPO / "demo" / "build" / "personalization",
+        help="Folder for the runs' outputs.",
+    )
     args = parser.parse_args()
     args.work_dir.mkdir(parents=True, exist_ok=True)
     write_report(Runs(args.results, args.work_dir), args.losses)

@@ -12,68 +12,80 @@
 # See the License for the specific language governing permissions and
 # limitations under the License.
 """
-Makes all of `demo/`: a tiny SDXL that knows the emoji of four foundries, and preference pairs in which OpenMoji's
-drawing of a caption is chosen over another foundry's.
+Makes the demo: a tiny SDXL that knows the emoji of four foundries, pairs in which OpenMoji's drawing of a caption is
+chosen over another foundry's, and a judge that names the foundry.
 
     pip install resvg-py              # renders SVG; npm fetches the foundries' packages
     python demo/build_demo.py
 
-Stages, each skipped when its result is in `--work_dir`, each going on from its last state after a kill:
+Configs and tokenizers are those in sdxl-tiny-emoji/. The weights are trained from scratch, which takes hours. The stages:
 
 1. drawings  every foundry's drawing of every caption, 64 px on white; every sixth caption is held out
-2. vae       AutoencoderKL, 64 px -> 4 x 16 x 16, on all drawings but OpenMoji's of held-out captions
-3. base      two CLIP text encoders and the UNet from scratch, epsilon prediction, on the same drawings.
-             In half of the training the caption ends in the style's name ("rabbit face, openmoji style"); without it
-             the style is random, OpenMoji's in one case of seven
-4. judge     names the foundry (style_judge.py); learns from drawings and from the base's images of a named style
-5. pairs     parquet files in Pick-a-Pic's columns, sides shuffled
-6. figures   how good VAE, base and judge are -> figures.json, samples.png
+2. vae       on all drawings except OpenMoji's of held-out captions
+3. base      text encoders and UNet, on the same drawings. Half of the captions end in the style's name ("rabbit face,
+             openmoji style"); without it the style is random, OpenMoji's in 15 % of the cases
+4. judge     on drawings, and on images that the base generates in a named style
+5. files     sheets of drawings, pairs in Pick-a-Pic's columns, figures.json and samples.png
+
+Stages 1 to 4 leave their result in demo/build. A second call reuses it and continues a stage that was interrupted.
 """
 
 import argparse
+import datetime
 import io
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 import tarfile
+import textwrap
 import time
-from datetime import date
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import safetensors.torch
 import torch
 import torch.nn.functional as F
-from PIL import Image
+from PIL import Image, ImageDraw, ImageFont
 from tqdm.auto import tqdm
+from transformers import CLIPTextModel, CLIPTextModelWithProjection
+
+from diffusers import AutoencoderKL, DDPMScheduler, StableDiffusionXLPipeline, UNet2DConditionModel
+from diffusers.optimization import get_cosine_schedule_with_warmup
+from diffusers.training_utils import EMAModel, compute_snr
 
 
 DEMO = Path(__file__).resolve().parent
 sys.path.insert(0, str(DEMO.parent))
 
-from demo.report import VALIDATION_CAPTIONS  # noqa: E402
-from demo.style_judge import FOUNDRIES, PREFERRED, RESOLUTION  # noqa: E402
+from demo.report import BASE, VALIDATION_CAPTIONS, generate, load_drawings, load_pipeline, measure  # noqa: E402
+from demo.style_judge import FOUNDRIES, PREFERRED, RESOLUTION, StyleJudge, to_batch  # noqa: E402
 
 
-# npm package, version, folder of PNG files, or None for Iconify's SVG; a foundry's name is the word for its style
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+SEED = 0
+SAVE_EVERY_SECONDS = 120
+# npm package, version, folder of PNG files or None for Iconify's SVG
 PACKAGES = {
     "twemoji": ("emoji-datasource-twitter", "16.0.0", "img/twitter/64"),
     "noto": ("emoji-datasource-google", "16.0.0", "img/google/64"),
     "fluent": ("@iconify-json/fluent-emoji-flat", "1.2.6", None),
     "openmoji": ("@iconify-json/openmoji", "1.2.29", None),
 }
-# Only the VAE sees these: styles that the base model doesn't know, which its VAE must be able to show all the same.
+# Styles that the base doesn't know but its VAE has to show, for example those of demo/subject.
 UNSEEN_PACKAGES = {
     "emojione": ("@iconify-json/emojione", "1.2.3", None),
     "blob": ("@iconify-json/noto-v1", "1.2.5", None),
     "fluent_3d": ("@iconify-json/fluent-emoji", "1.2.7", None),
 }
-NAMES = ("@iconify-json/noto", "1.2.9")  # maps code points to Iconify's names, where a package doesn't
+NAMES = ("@iconify-json/noto", "1.2.9")  # maps code points to Iconify's names, for packages that don't
 HELD_OUT_EVERY = 6
-# What the base learns first: emoji that a person recognises at 64 px and that foundries are free to draw as they like;
-# no flags, signs, buildings, clock hands or haircuts. It goes on with those that the demo shows, as it is too small
-# to learn all of them by heart. Captions are held out by their number among the first, whatever the second are.
+# Emoji that a person recognises at 64 px and that foundries are free to draw as they like. The base learns all of them
+# first and then only those that the demo shows, because it is too small to know them all by heart.
 SUBCATEGORIES = re.compile(
     r"face-.*|cat-face|monkey-face|hand.*|body-parts|animal-.*|plant-.*|food-.*|drink|dishware|transport-.*|clothing"
     r"|sport|award-medal|music.*|event"
@@ -83,29 +95,11 @@ SHOWN_SUBCATEGORIES = re.compile(
     r"|food-(fruit|vegetable|sweet)"
 )
 LEFT_OUT_WORDS = re.compile(r"\b(man|woman|men|women|boy|girl|male|female|person with|facing right|adult|older)\b")
-TOKENS = 24  # the longest caption with its style has 18; SDXL's own limit is 77
+ALL_SUBCATEGORIES_UNTIL = 0.33  # of the base's training
 STYLE_CHANCES = {"twemoji": 0.3, "noto": 0.23, "fluent": 0.32, "openmoji": 0.15}  # where the caption names no style
 
 
-def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--work_dir", type=Path, default=DEMO / "build", help="States of the stages; not committed.")
-    parser.add_argument("--output_dir", type=Path, default=DEMO, help="Where the demo is written.")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--vae_steps", type=int, default=12000)
-    parser.add_argument("--base_steps", type=int, default=12500)
-    parser.add_argument("--wide_fraction", type=float, default=0.33, help="Of the base's steps: on all emoji.")
-    parser.add_argument("--judge_steps", type=int, default=1200)
-    parser.add_argument("--max_captions", type=int, default=None, help="Use the first N captions only (for tests).")
-    parser.add_argument("--seed", type=int, default=0)
-    return parser.parse_args(argv)
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Drawings
-# ---------------------------------------------------------------------------------------------------------------------
-
-
+# ---- Drawings -------------------------------------------------------------------------------------------------------
 def open_package(package: str, version: str, work_dir: Path) -> tarfile.TarFile:
     archive = work_dir / f"{package.removeprefix('@').replace('/', '-')}-{version}.tgz"
     if not archive.exists():
@@ -117,597 +111,465 @@ def read_json(archive: tarfile.TarFile, name: str):
     return json.load(archive.extractfile(f"package/{name}"))
 
 
-def on_white(image: Image.Image) -> np.ndarray:
-    """(64, 64, 3) uint8"""
+def put_on_white(file: bytes) -> np.ndarray:
+    """Return an image file's pixels, shape (64, 64, 3), uint8."""
+    image = Image.open(io.BytesIO(file)).convert("RGBA")
     canvas = Image.new("RGBA", image.size, "white")
-    canvas.alpha_composite(image.convert("RGBA"))
+    canvas.alpha_composite(image)
     return np.asarray(canvas.convert("RGB").resize((RESOLUTION, RESOLUTION), Image.Resampling.LANCZOS))
 
 
 def drawing_reader(foundry: str, names: dict[str, str], work_dir: Path):
-    """A function from an entry of emoji.json to its drawing by the foundry, or None where there is none."""
+    """Return a function from an entry of emoji.json to its drawing by the foundry, or None if there is none."""
     package, version, folder = (PACKAGES | UNSEEN_PACKAGES)[foundry]
     archive = open_package(package, version, work_dir)
-    if folder:
+    if folder is not None:
         members = set(archive.getnames())
 
-        def read(entry: dict) -> np.ndarray | None:
+        def read_png(entry: dict) -> np.ndarray | None:
             member = f"package/{folder}/{entry['image']}"
-            if member in members:
-                return on_white(Image.open(io.BytesIO(archive.extractfile(member).read())))
+            if member not in members:
+                return None
+            return put_on_white(archive.extractfile(member).read())
 
-        return read
+        return read_png
 
     from resvg_py import svg_to_bytes
 
-    icons = read_json(archive, "icons.json")
+    collection = read_json(archive, "icons.json")
+    aliases = collection.get("aliases", {})
     names = read_json(archive, "chars.json") or names  # empty in some packages
 
-    def render(entry: dict) -> np.ndarray | None:
+    def render_svg(entry: dict) -> np.ndarray | None:
         code = entry["unified"].lower()
         name = names.get(code) or names.get(code.replace("-fe0f", ""))
-        icon = icons["icons"].get(icons.get("aliases", {}).get(name, {}).get("parent", name))
-        if icon:
-            width, height = (icon.get(k, icons.get(k, 16)) for k in ("width", "height"))
-            svg = f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}">{icon["body"]}</svg>'
-            return on_white(Image.open(io.BytesIO(svg_to_bytes(svg, width=2 * RESOLUTION, height=2 * RESOLUTION))))
+        if name in aliases:
+            name = aliases[name]["parent"]
+        if name not in collection["icons"]:
+            return None
+        icon = collection["icons"][name]
+        width = icon.get("width", collection.get("width", 16))
+        height = icon.get("height", collection.get("height", 16))
+        svg = f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}">{icon["body"]}</svg>'
+        return put_on_white(svg_to_bytes(svg, width=2 * RESOLUTION, height=2 * RESOLUTION))
 
-    return render
+    return render_svg
 
 
 def caption_of(entry: dict) -> str:
-    """Of an entry of emoji.json."""
+    """Return the caption of an entry of emoji.json."""
     return entry["name"].lower().replace("’", "'")
 
 
-def make_drawings(args: argparse.Namespace) -> dict[str, np.ndarray]:
-    """`captions` (N,), `held_out` and `shown` (N,) bool, a foundry's name: (N, 64, 64, 3) uint8 for the foundries that
-    the base model learns, and `others` (M, 64, 64, 3), what the VAE sees beside them."""
-    path = args.work_dir / "drawings.npz"
+def make_drawings(work_dir: Path) -> dict[str, np.ndarray]:
+    """
+    Return `captions`, shape (N,), `held_out` and `shown`, (N,) bool, the four foundries' drawings under their names,
+    (N, 64, 64, 3) uint8, and `others`, (M, 64, 64, 3), all drawings that only the VAE sees.
+    """
+    path = work_dir / "drawings.npz"
     if path.exists():
         return dict(np.load(path))
-    names = read_json(open_package(*NAMES, args.work_dir), "chars.json")
-    entries = read_json(open_package(*PACKAGES["twemoji"][:2], args.work_dir), "emoji.json")
-    readers = {foundry: drawing_reader(foundry, names, args.work_dir) for foundry in PACKAGES | UNSEEN_PACKAGES}
-    captions, shown, drawings, others = [], [], {foundry: [] for foundry in FOUNDRIES}, []
+    names = read_json(open_package(*NAMES, work_dir), "chars.json")
+    package, version, _ = PACKAGES["twemoji"]
+    entries = read_json(open_package(package, version, work_dir), "emoji.json")
+    readers = {foundry: drawing_reader(foundry, names, work_dir) for foundry in PACKAGES | UNSEEN_PACKAGES}
+
+    captions = []
+    shown = []
+    drawings = {foundry: [] for foundry in FOUNDRIES}
+    others = []
     for entry in tqdm(sorted(entries, key=lambda entry: entry["sort_order"]), desc="drawings"):
         caption = caption_of(entry)
         if entry["category"] in ("Flags", "Symbols", "Component") or LEFT_OUT_WORDS.search(caption):
             continue
         found = {foundry: read(entry) for foundry, read in readers.items()}
-        chosen = SUBCATEGORIES.fullmatch(entry["subcategory"]) and all(found[f] is not None for f in FOUNDRIES)
-        if chosen and len(captions) != args.max_captions:
+        complete = all(found[foundry] is not None for foundry in FOUNDRIES)
+        if complete and SUBCATEGORIES.fullmatch(entry["subcategory"]):
             captions.append(caption)
-            shown.append(bool(SHOWN_SUBCATEGORIES.fullmatch(entry["subcategory"])))
+            shown.append(SHOWN_SUBCATEGORIES.fullmatch(entry["subcategory"]) is not None)
             for foundry in FOUNDRIES:
                 drawings[foundry].append(found.pop(foundry))
         others += [drawing for drawing in found.values() if drawing is not None]
-    assert len(set(captions)) == len(captions), "captions must be distinct"
+
     arrays = {foundry: np.stack(images) for foundry, images in drawings.items()}
-    arrays["captions"], arrays["shown"] = np.array(captions), np.array(shown)
+    arrays["captions"] = np.array(captions)
+    arrays["shown"] = np.array(shown)
     arrays["held_out"] = np.arange(len(captions)) % HELD_OUT_EVERY == HELD_OUT_EVERY // 2
-    arrays["others"] = np.stack(others[:: 50 if args.max_captions else 1])
-    np.savez(args.work_dir / "drawings.tmp.npz", **arrays)
-    os.replace(args.work_dir / "drawings.tmp.npz", path)
+    arrays["others"] = np.stack(others)
+    np.savez(work_dir / "drawings.tmp.npz", **arrays)
+    os.replace(work_dir / "drawings.tmp.npz", path)
     return arrays
 
 
-def to_tensor(images: np.ndarray, device: str) -> torch.Tensor:
-    """(N, H, W, 3) uint8 -> (N, 3, H, W) uint8 on the device."""
-    return torch.from_numpy(images).permute(0, 3, 1, 2).contiguous().to(device)
-
-
 def seen_drawings(drawings: dict, foundry: str) -> np.ndarray:
-    """The indices of the captions whose drawing by the foundry may be trained on."""
-    return np.flatnonzero(~drawings["held_out"]) if foundry == PREFERRED else np.arange(len(drawings["captions"]))
+    """Return the indices of the captions whose drawing by the foundry may be trained on."""
+    if foundry == PREFERRED:
+        return np.flatnonzero(~drawings["held_out"])
+    return np.arange(len(drawings["captions"]))
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Training, the same for every stage
-# ---------------------------------------------------------------------------------------------------------------------
+def to_tensor(images: np.ndarray) -> torch.Tensor:
+    """Shape: (N, H, W, 3) uint8 -> (N, 3, H, W) uint8."""
+    return torch.from_numpy(images).permute(0, 3, 1, 2).contiguous().to(DEVICE)
 
 
-def has_bf16(device: str) -> bool:
-    """Whether the device computes in bf16 itself. Where a processor must imitate it, a step takes 20 times as long."""
-    return device != "cpu" or torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+# ---- Training -------------------------------------------------------------------------------------------------------
+def save_aside(state: dict, path: Path) -> None:
+    torch.save(state, path.with_suffix(".tmp"))
+    os.replace(path.with_suffix(".tmp"), path)
 
 
 def train(
-    name: str, modules: torch.nn.ModuleDict, loss_function, steps: int, learning_rate: float, args, weight_decay=0.01
+    name: str, model: torch.nn.Module, loss_function, steps: int, lr: float, work_dir: Path, weight_decay: float = 0.01
 ) -> None:
-    """AdamW, linear warm-up and cosine decay, EMA of the weights (which `modules` hold at the end), a state every two
-    minutes, from which a killed run goes on."""
-    from diffusers.optimization import get_cosine_schedule_with_warmup
-    from diffusers.training_utils import EMAModel
+    """
+    Train a model with AdamW and leave it with the moving average of its weights.
 
-    final, state_path = args.work_dir / f"{name}.pt", args.work_dir / f"{name}.state.pt"
-    if final.exists():
-        modules.load_state_dict(torch.load(final, weights_only=True))
+    `loss_function(generator, progress)` draws a batch. The state is saved from time to time, to continue after a kill.
+    """
+    final_path = work_dir / f"{name}.pt"
+    state_path = work_dir / f"{name}.state.pt"
+    if final_path.exists():
+        model.load_state_dict(torch.load(final_path, weights_only=True))
         return
-    optimizer = torch.optim.AdamW(modules.parameters(), lr=learning_rate, betas=(0.9, 0.99), weight_decay=weight_decay)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=lr, betas=(0.9, 0.99), weight_decay=weight_decay)
     scheduler = get_cosine_schedule_with_warmup(optimizer, min(100, steps // 10), steps)
-    ema = EMAModel(modules.parameters(), decay=0.999, inv_gamma=1.0, power=0.75, use_ema_warmup=True)
-    parts = {"modules": modules, "optimizer": optimizer, "scheduler": scheduler, "ema": ema}
-    step, generator = 0, torch.Generator(args.device)
+    ema = EMAModel(model.parameters(), decay=0.999, inv_gamma=1.0, power=0.75, use_ema_warmup=True)
+    parts = {"model": model, "optimizer": optimizer, "scheduler": scheduler, "ema": ema}
+    first_step = 0
     if state_path.exists():
         state = torch.load(state_path, weights_only=True)
         for key, part in parts.items():
             part.load_state_dict(state[key])
-        ema.to(args.device)
-        step = state["step"]
+        ema.to(DEVICE)
+        first_step = state["step"]
+
+    # Where a processor only imitates bf16, a step takes 20 times as long.
+    use_bf16 = DEVICE == "cuda" or torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+    generator = torch.Generator(DEVICE)
     saved = time.monotonic()
-    bar = tqdm(range(step, steps), initial=step, total=steps, desc=name, mininterval=5.0)
-    average = None
-    for step in bar:
-        generator.manual_seed(args.seed * 1_000_003 + step)  # a resumed run draws what an unbroken one would
-        with torch.autocast(args.device, dtype=torch.bfloat16, enabled=has_bf16(args.device)):
+    progress_bar = tqdm(range(first_step, steps), initial=first_step, total=steps, desc=name, mininterval=5.0)
+    for step in progress_bar:
+        generator.manual_seed(SEED * 1_000_003 + step)  # a resumed run draws the same batches
+        with torch.autocast(DEVICE, dtype=torch.bfloat16, enabled=use_bf16):
             loss = loss_function(generator, step / steps)
         optimizer.zero_grad()
         loss.backward()
-        torch.nn.utils.clip_grad_norm_(modules.parameters(), 1.0)
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         scheduler.step()
-        ema.step(modules.parameters())
+        ema.step(model.parameters())
         if step % 20 == 0:
-            average = loss.item() if average is None else 0.9 * average + 0.1 * loss.item()
-            bar.set_postfix(loss=f"{average:.4f}", refresh=False)
-        if time.monotonic() - saved > 120:
-            state = {key: part.state_dict() for key, part in parts.items()} | {"step": step + 1}
-            torch.save(state, state_path.with_suffix(".tmp"))
-            os.replace(state_path.with_suffix(".tmp"), state_path)
+            progress_bar.set_postfix(loss=f"{loss.item():.4f}", refresh=False)
+        if time.monotonic() - saved > SAVE_EVERY_SECONDS:
+            state = {key: part.state_dict() for key, part in parts.items()}
+            save_aside(state | {"step": step + 1}, state_path)
             saved = time.monotonic()
-    ema.copy_to(modules.parameters())
-    torch.save(modules.state_dict(), final.with_suffix(".tmp"))
-    os.replace(final.with_suffix(".tmp"), final)
+    ema.copy_to(model.parameters())
+    save_aside(model.state_dict(), final_path)
     state_path.unlink(missing_ok=True)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# VAE
-# ---------------------------------------------------------------------------------------------------------------------
-
-
-def make_vae() -> torch.nn.Module:
-    from diffusers import AutoencoderKL
-
-    return AutoencoderKL(
-        down_block_types=("DownEncoderBlock2D",) * 3,
-        up_block_types=("UpDecoderBlock2D",) * 3,
-        block_out_channels=(16, 32, 64),
-        layers_per_block=1,
-        latent_channels=4,
-        norm_num_groups=8,
-        sample_size=RESOLUTION,
+def make_untrained_pipeline() -> StableDiffusionXLPipeline:
+    """Return the committed pipeline with new random weights."""
+    pipeline = load_pipeline(BASE)
+    torch.manual_seed(SEED)
+    pipeline.register_modules(
+        vae=AutoencoderKL.from_config(AutoencoderKL.load_config(BASE / "vae")),
+        text_encoder=CLIPTextModel(pipeline.text_encoder.config),
+        text_encoder_2=CLIPTextModelWithProjection(pipeline.text_encoder_2.config),
+        unet=UNet2DConditionModel.from_config(UNet2DConditionModel.load_config(BASE / "unet")),
     )
+    return pipeline.to(DEVICE)
 
 
-def train_vae(args: argparse.Namespace, drawings: dict) -> torch.nn.Module:
+def train_vae(vae: AutoencoderKL, drawings: dict, steps: int, work_dir: Path) -> None:
     seen = [drawings[foundry][seen_drawings(drawings, foundry)] for foundry in FOUNDRIES]
-    data = to_tensor(np.concatenate([*seen, drawings["others"]]), args.device)
-    vae = make_vae().to(args.device, memory_format=torch.channels_last)
-    modules = torch.nn.ModuleDict({"vae": vae})
+    images = to_tensor(np.concatenate([*seen, drawings["others"]]))
 
-    def loss_function(generator, progress):
-        # Quarters of drawings first: a convolutional net learns as much from them, at a quarter of the cost.
-        size, side = (16, RESOLUTION // 2) if progress < 0.85 else (8, RESOLUTION)
-        index = torch.randint(len(data), (size,), generator=generator, device=args.device)
-        top, left = torch.randint(0, RESOLUTION - side + 1, (2,), generator=generator, device=args.device).tolist()
-        crop = data[index, :, top : top + side, left : left + side].float() / 127.5 - 1
-        posterior = vae.encode(crop).latent_dist
+    def loss_function(generator: torch.Generator, progress: float) -> torch.Tensor:
+        # Quarters of drawings first: a convolutional network learns as much from them, at a quarter of the cost.
+        batch_size, side = (16, RESOLUTION // 2) if progress < 0.85 else (8, RESOLUTION)
+        index = torch.randint(len(images), (batch_size,), generator=generator, device=DEVICE)
+        top, left = torch.randint(RESOLUTION - side + 1, (2,), generator=generator, device=DEVICE).tolist()
+        crops = images[index, :, top : top + side, left : left + side].float() / 127.5 - 1
+        posterior = vae.encode(crops).latent_dist
         reconstruction = vae.decode(posterior.sample(generator)).sample
-        return F.mse_loss(reconstruction.float(), crop) + 1e-6 * posterior.kl().mean() / posterior.mean[0, 0].numel()
+        kl = posterior.kl().mean() / posterior.mean[0, 0].numel()
+        return F.mse_loss(reconstruction.float(), crops) + 1e-6 * kl
 
-    train("vae", modules, loss_function, args.vae_steps, 4e-3, args)
-    vae = vae.half().float().requires_grad_(False)  # what is committed is fp16: measure and build on just that
-    with torch.no_grad():
-        latents = encode(vae, data)
-    vae.register_to_config(scaling_factor=round(1 / latents.std().item(), 4))
-    return vae
+    vae.to(memory_format=torch.channels_last)
+    train("vae", vae, loss_function, steps, 4e-3, work_dir)
+    vae.half().float().requires_grad_(False)  # the base is trained on the latents of the fp16 weights that are saved
+    vae.register_to_config(scaling_factor=round(1 / encode(vae, images).std().item(), 4))
 
 
 @torch.no_grad()
-def encode(vae, images: torch.Tensor) -> torch.Tensor:
-    """uint8 (N, 3, H, W) -> latents (N, 4, H / 4, W / 4), not scaled."""
+def encode(vae: AutoencoderKL, images: torch.Tensor) -> torch.Tensor:
+    """Return latents, not scaled. Shape: (N, 3, H, W) uint8 -> (N, 4, H / 4, W / 4)."""
     return torch.cat([vae.encode(chunk.float() / 127.5 - 1).latent_dist.mode() for chunk in images.split(64)])
 
 
 @torch.no_grad()
-def reconstruct(vae, images: torch.Tensor) -> torch.Tensor:
-    """uint8 (N, 3, H, W) -> what the VAE makes of them, in [-1, 1]."""
+def reconstruct(vae: AutoencoderKL, images: torch.Tensor) -> torch.Tensor:
+    """Encode and decode images. Shape: (N, 3, H, W) uint8 -> (N, 3, H, W) in [-1, 1]."""
     return torch.cat([vae.decode(latents).sample.clamp(-1, 1) for latents in encode(vae, images).split(64)])
-
-
-@torch.no_grad()
-def psnr(vae, images: torch.Tensor) -> float:
-    """Mean over the images of each one's PSNR in dB, peak 255."""
-    errors = [
-        (reconstruct(vae, chunk) / 2 + 0.5 - chunk.float() / 255).square().mean((1, 2, 3))
-        for chunk in images.split(64)
-    ]
-    return -10 * torch.cat(errors).log10().mean().item()
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Base model
-# ---------------------------------------------------------------------------------------------------------------------
-
-
-def make_tokenizers(captions: list[str], work_dir: Path) -> tuple:
-    """CLIP's byte-pair tokenizer with a vocabulary learnt from the captions. As in SDXL, the first one pads with the
-    end token, the second with "!" (id 0)."""
-    from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers, trainers
-    from transformers import CLIPTokenizer
-
-    folder = work_dir / "tokenizer"
-    folder.mkdir(exist_ok=True)
-    bpe = Tokenizer(models.BPE(end_of_word_suffix="</w>", unk_token="<|endoftext|>"))
-    bpe.normalizer = normalizers.Sequence([normalizers.NFC(), normalizers.Lowercase()])
-    words = Regex(r"'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+")
-    bpe.pre_tokenizer = pre_tokenizers.Sequence(
-        [
-            pre_tokenizers.Split(words, behavior="removed", invert=True),
-            pre_tokenizers.ByteLevel(add_prefix_space=False),
-        ]
-    )
-    # All 256 bytes, so that any user's prompt has tokens; merges only where a pair occurs twice.
-    trainer = trainers.BpeTrainer(
-        vocab_size=1600,
-        min_frequency=2,
-        end_of_word_suffix="</w>",
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False,
-    )
-    bpe.train_from_iterator(sorted(captions), trainer)
-    model = json.loads(bpe.to_str())["model"]
-    alphabet = pre_tokenizers.ByteLevel.alphabet()
-    tokens = ["!"] + sorted(t for t in alphabet if t != "!") + sorted(t + "</w>" for t in alphabet)
-    tokens += sorted(t for t in model["vocab"] if t not in set(tokens))
-    # As in CLIP, the end token has the highest id: SDXL's second encoder pools where the id is highest.
-    vocabulary = {token: i for i, token in enumerate([*tokens, "<|startoftext|>", "<|endoftext|>"])}
-    merges = [" ".join(m) if isinstance(m, list) else m for m in model["merges"]]
-    (folder / "vocab.json").write_text(json.dumps(vocabulary, ensure_ascii=False))
-    (folder / "merges.txt").write_text("#version: 0.2\n" + "\n".join(merges) + "\n")
-    files = {"vocab": str(folder / "vocab.json"), "merges": str(folder / "merges.txt")}
-    first = CLIPTokenizer(**files, model_max_length=TOKENS, pad_token="<|endoftext|>")
-    second = CLIPTokenizer(**files, model_max_length=TOKENS, pad_token="!")
-    return first, second
-
-
-def make_base(tokenizers: tuple) -> torch.nn.ModuleDict:
-    """Text encoders and UNet with the parts that SDXL has, in SDXL's order, at 1/200 of its size."""
-    from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
-
-    from diffusers import UNet2DConditionModel
-
-    vocabulary = len(tokenizers[0])
-    common = dict(
-        vocab_size=vocabulary, max_position_embeddings=TOKENS, num_hidden_layers=3, bos_token_id=vocabulary - 2
-    )
-    first = CLIPTextConfig(
-        **common,
-        hidden_size=64,
-        intermediate_size=256,
-        num_attention_heads=2,
-        projection_dim=64,
-        hidden_act="quick_gelu",
-        eos_token_id=vocabulary - 1,
-        pad_token_id=vocabulary - 1,
-    )
-    # eos_token_id 2, as in SDXL's file: transformers then pools at the highest id.
-    second = CLIPTextConfig(
-        **common,
-        hidden_size=96,
-        intermediate_size=384,
-        num_attention_heads=3,
-        projection_dim=96,
-        hidden_act="gelu",
-        eos_token_id=2,
-        pad_token_id=0,
-    )
-    unet = UNet2DConditionModel(
-        sample_size=RESOLUTION // 4,
-        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
-        up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
-        block_out_channels=(32, 96, 160),
-        layers_per_block=1,
-        transformer_layers_per_block=[1, 1, 1],
-        attention_head_dim=[1, 3, 5],
-        cross_attention_dim=64 + 96,
-        use_linear_projection=True,
-        addition_embed_type="text_time",
-        addition_time_embed_dim=32,
-        projection_class_embeddings_input_dim=96 + 6 * 32,
-        norm_num_groups=16,
-    )
-    encoders = {"text_encoder": CLIPTextModel(first), "text_encoder_2": CLIPTextModelWithProjection(second)}
-    return torch.nn.ModuleDict({**encoders, "unet": unet})
-
-
-def encode_captions(modules, token_ids: tuple[torch.Tensor, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
-    """Token ids (B, 24), twice -> prompt embeddings (B, 24, 160) and pooled embeddings (B, 96)."""
-    first = modules["text_encoder"](token_ids[0], output_hidden_states=True)
-    second = modules["text_encoder_2"](token_ids[1], output_hidden_states=True)
-    return torch.cat([first.hidden_states[-2], second.hidden_states[-2]], dim=-1), second.text_embeds
 
 
 def with_style(caption: str, foundry: str) -> str:
     return f"{caption}, {foundry} style"
 
 
-def tokenize(tokenizers: tuple, captions: list[str], device: str) -> tuple[torch.Tensor, torch.Tensor]:
-    options = dict(padding="max_length", max_length=TOKENS, truncation=True, return_tensors="pt")
-    return tuple(tokenizer(captions, **options).input_ids.to(device) for tokenizer in tokenizers)
-
-
-def make_noise_schedulers() -> tuple:
-    from diffusers import DDPMScheduler, EulerDiscreteScheduler
-
-    sampler = EulerDiscreteScheduler(
-        beta_start=0.00085,
-        beta_end=0.012,
-        beta_schedule="scaled_linear",
-        steps_offset=1,
-        timestep_spacing="leading",
-        interpolation_type="linear",
-    )
-    return DDPMScheduler.from_config(sampler.config), sampler
-
-
-def train_base(args: argparse.Namespace, drawings: dict, vae) -> tuple:
-    """Trains text encoders and UNet to draw for a caption, with or without the name of a style."""
-    from diffusers.training_utils import compute_snr
-
-    captions = drawings["captions"].tolist()
-    plain, styled, chances, shown, latents = [], [], [], [], []
+def train_base(pipeline: StableDiffusionXLPipeline, drawings: dict, steps: int, work_dir: Path) -> None:
+    """Train text encoders and UNet to draw for a caption, with or without the name of a style."""
+    captions = []
+    styled_captions = []
+    chances = []
+    shown = []
+    latents = []
     for foundry in FOUNDRIES:
         seen = seen_drawings(drawings, foundry)
-        plain += [captions[i] for i in seen]
-        styled += [with_style(captions[i], foundry) for i in seen]
+        captions += drawings["captions"][seen].tolist()
+        styled_captions += [with_style(caption, foundry) for caption in drawings["captions"][seen]]
         chances += [STYLE_CHANCES[foundry] / len(seen)] * len(seen)
-        shown.append(drawings["shown"][seen])
-        latents.append(encode(vae, to_tensor(drawings[foundry][seen], args.device)) * vae.config.scaling_factor)
-    tokenizers = make_tokenizers(plain + styled, args.work_dir)
-    modules = make_base(tokenizers).to(args.device, memory_format=torch.channels_last)
-    plain, styled = (tokenize(tokenizers, texts, args.device) for texts in (plain, styled))
-    chances, latents = torch.tensor(chances, device=args.device), torch.cat(latents)
-    shown = torch.from_numpy(np.concatenate(shown)).to(args.device).float()
-    noise_scheduler, _ = make_noise_schedulers()
-    size = 32
-    time_ids = torch.tensor([RESOLUTION, RESOLUTION, 0, 0, RESOLUTION, RESOLUTION], device=args.device)
-    time_ids = time_ids.float().repeat(size, 1)
+        shown += drawings["shown"][seen].tolist()
+        latents.append(encode(pipeline.vae, to_tensor(drawings[foundry][seen])))
+    latents = torch.cat(latents) * pipeline.vae.config.scaling_factor
+    chances = torch.tensor(chances, device=DEVICE)
+    shown = torch.tensor(shown, device=DEVICE).float()
+    token_ids = []
+    for tokenizer in (pipeline.tokenizer, pipeline.tokenizer_2):
+        for texts in (captions, styled_captions):
+            token_ids.append(
+                tokenizer(texts, padding="max_length", truncation=True, return_tensors="pt").input_ids.to(DEVICE)
+            )
+    plain_ids, styled_ids, plain_ids_2, styled_ids_2 = token_ids
+    noise_scheduler = DDPMScheduler.from_config(pipeline.scheduler.config)
+    batch_size = 32
+    time_ids = torch.tensor([[RESOLUTION, RESOLUTION, 0, 0, RESOLUTION, RESOLUTION]] * batch_size, device=DEVICE)
 
-    def loss_function(generator, progress):
-        random = dict(generator=generator, device=args.device)
-        named = torch.rand(size, **random) < 0.5  # whether the caption names the style
-        weights = torch.ones_like(shown) if progress < args.wide_fraction else shown
-        by_word, by_chance = (
-            w.multinomial(size, replacement=True, generator=generator) for w in (weights, weights * chances)
-        )
-        index = torch.where(named, by_word, by_chance)
-        token_ids = [torch.where(named[:, None], ids[index], bare[index]) for ids, bare in zip(styled, plain)]
-        noise = torch.randn(size, *latents.shape[1:], **random)
-        timesteps = torch.randint(1000, (size,), **random)
-        noisy = noise_scheduler.add_noise(latents[index], noise, timesteps)
-        embeds, pooled = encode_captions(modules, token_ids)
-        # The pipeline of SDXL takes zeros for an empty negative prompt, so zeros stand for "no caption" here.
-        keep = (torch.rand(size, **random) >= 0.1).float()
-        conditions = {"text_embeds": pooled * keep[:, None], "time_ids": time_ids}
-        prediction = modules["unet"](
-            noisy, timesteps, embeds * keep[:, None, None], added_cond_kwargs=conditions
+    def loss_function(generator: torch.Generator, progress: float) -> torch.Tensor:
+        def rand(*shape: int) -> torch.Tensor:
+            return torch.rand(shape, generator=generator, device=DEVICE)
+
+        weights = torch.ones_like(shown) if progress < ALL_SUBCATEGORIES_UNTIL else shown
+        names_style = rand(batch_size) < 0.5
+        index_styled = weights.multinomial(batch_size, replacement=True, generator=generator)
+        index_plain = (weights * chances).multinomial(batch_size, replacement=True, generator=generator)
+        index = torch.where(names_style, index_styled, index_plain)
+        ids = torch.where(names_style[:, None], styled_ids[index], plain_ids[index])
+        ids_2 = torch.where(names_style[:, None], styled_ids_2[index], plain_ids_2[index])
+        encoded = pipeline.text_encoder(ids, output_hidden_states=True)
+        encoded_2 = pipeline.text_encoder_2(ids_2, output_hidden_states=True)
+        prompt_embeds = torch.cat([encoded.hidden_states[-2], encoded_2.hidden_states[-2]], dim=-1)
+
+        noise = torch.randn(latents[index].shape, generator=generator, device=DEVICE)
+        timesteps = torch.randint(1000, (batch_size,), generator=generator, device=DEVICE)
+        noisy_latents = noise_scheduler.add_noise(latents[index], noise, timesteps)
+        # The pipeline takes zeros for an empty negative prompt, so zeros stand for "no caption" here.
+        keep = (rand(batch_size, 1) >= 0.1).float()
+        model_pred = pipeline.unet(
+            noisy_latents,
+            timesteps,
+            prompt_embeds * keep[:, :, None],
+            added_cond_kwargs={"text_embeds": encoded_2.text_embeds * keep, "time_ids": time_ids.float()},
         ).sample
-        error = (prediction.float() - noise).square().mean((1, 2, 3))
+        mse = (model_pred.float() - noise).square().mean(dim=(1, 2, 3))
         snr = compute_snr(noise_scheduler, timesteps)
-        return (error * snr.clamp(max=5) / snr).mean()  # min-SNR weights: fewer steps to the same image
+        return (mse * snr.clamp(max=5) / snr).mean()  # min-SNR weights: fewer steps to the same image
 
-    train("base", modules, loss_function, args.base_steps, 8e-4, args)
-    return tokenizers, modules
-
-
-def write_pipeline(args: argparse.Namespace, vae, tokenizers: tuple, modules) -> None:
-    from diffusers import StableDiffusionXLPipeline
-
-    _, sampler = make_noise_schedulers()
-    pipeline = StableDiffusionXLPipeline(
-        vae=vae,
-        text_encoder=modules["text_encoder"],
-        text_encoder_2=modules["text_encoder_2"],
-        tokenizer=tokenizers[0],
-        tokenizer_2=tokenizers[1],
-        unet=modules["unet"],
-        scheduler=sampler,
-        force_zeros_for_empty_prompt=True,
-        add_watermarker=False,
-    )
-    pipeline.to(torch.float16).save_pretrained(args.output_dir / "sdxl-tiny-emoji", safe_serialization=True)
-    pipeline.to(torch.float32)
-    for name in ("text_encoder", "text_encoder_2"):  # else transformers loads fp16 where diffusers loads fp32
-        path = args.output_dir / "sdxl-tiny-emoji" / name / "config.json"
-        path.write_text(path.read_text().replace('"dtype": "float16"', '"dtype": "float32"'))
+    model = torch.nn.ModuleList([pipeline.text_encoder, pipeline.text_encoder_2, pipeline.unet])
+    model.to(memory_format=torch.channels_last)
+    train("base", model, loss_function, steps, 8e-4, work_dir)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Judge
-# ---------------------------------------------------------------------------------------------------------------------
+def train_judge(pipeline, drawings: dict, steps: int, work_dir: Path) -> StyleJudge:
+    """
+    Train the judge on drawings, on their reconstructions and on generated images, so that it judges style, not sharpness.
 
-
-def train_judge(args: argparse.Namespace, drawings: dict, vae):
-    """Learns from drawings, those that the demo doesn't show too, from what the VAE makes of them, and from the base's
-    images for captions that name a style, so that it judges style and not sharpness. Nothing of a held-out caption is
-    among them."""
-    from demo.report import generate
-    from demo.style_judge import StyleJudge, to_batch
-
+    No held-out caption is among them.
+    """
+    judge = StyleJudge().to(DEVICE)
     seen = ~drawings["held_out"]
     captions = drawings["captions"][seen & drawings["shown"]].tolist()
-    judge = StyleJudge().to(args.device)
-    versions = []  # (images, labels)
-    for label, foundry in enumerate(FOUNDRIES if not (args.work_dir / "judge.pt").exists() else ()):
-        drawn = to_tensor(drawings[foundry][seen], args.device)
-        named = [with_style(caption, foundry) for caption in captions[label::4]]
-        generated = to_batch(generate(load_base(args), named))
-        for images in (drawn.float() / 127.5 - 1, reconstruct(vae, drawn), generated.to(args.device)):
-            versions.append((images, torch.full((len(images),), label, device=args.device)))
+    groups = []  # images of one foundry and kind, and their label
+    if not (work_dir / "judge.pt").exists():
+        for label, foundry in enumerate(FOUNDRIES):
+            drawn = to_tensor(drawings[foundry][seen])
+            prompts = [with_style(caption, foundry) for caption in captions[label::4]]
+            generated = to_batch(generate(pipeline, prompts, f"{foundry} style")).to(DEVICE)
+            groups.append((drawn.float() / 127.5 - 1, label))
+            groups.append((reconstruct(pipeline.vae, drawn), label))
+            groups.append((generated, label))
 
-    def loss_function(generator, progress):
-        random = dict(generator=generator, device=args.device)
-        batches, labels = [], []
-        for images, names in versions:
-            index = torch.randint(len(images), (16,), **random)
-            rows, columns = torch.randint(-3, 4, (2,), **random).tolist()
-            images = images[index].roll((rows, columns), (2, 3))
-            mirrored = torch.rand((16, 1, 1, 1), **random) < 0.5
-            batches.append(torch.where(mirrored, images.flip(3), images))
-            labels.append(names[index])
-        logits = judge(torch.cat(batches))
-        return F.cross_entropy(logits.float(), torch.cat(labels), label_smoothing=0.05)
+    def loss_function(generator: torch.Generator, progress: float) -> torch.Tensor:
+        batches = []
+        labels = []
+        for images, label in groups:
+            index = torch.randint(len(images), (16,), generator=generator, device=DEVICE)
+            shifts = torch.randint(-3, 4, (2,), generator=generator, device=DEVICE).tolist()
+            mirrored = torch.rand((16, 1, 1, 1), generator=generator, device=DEVICE) < 0.5
+            shifted = images[index].roll(shifts, (2, 3))
+            batches.append(torch.where(mirrored, shifted.flip(3), shifted))
+            labels += [label] * 16
+        logits = judge(torch.cat(batches)).float()
+        return F.cross_entropy(logits, torch.tensor(labels, device=DEVICE), label_smoothing=0.05)
 
-    train("judge", torch.nn.ModuleDict({"judge": judge}), loss_function, args.judge_steps, 2e-3, args, 0.1)
+    train("judge", judge, loss_function, steps, 2e-3, work_dir, weight_decay=0.1)
     return judge.half().float().eval().requires_grad_(False)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Pairs
-# ---------------------------------------------------------------------------------------------------------------------
+# ---- Files ----------------------------------------------------------------------------------------------------------
+def write_models(pipeline: StableDiffusionXLPipeline) -> None:
+    """Write what was trained, in fp16. Tokenizers and scheduler stay as they are."""
+    aside = BASE.with_name("sdxl-tiny-emoji.tmp")
+    for name in ("vae", "text_encoder", "text_encoder_2", "unet"):
+        getattr(pipeline, name).to(torch.float16).save_pretrained(aside / name)
+    for name in ("text_encoder", "text_encoder_2"):  # without this, they load as fp16 next to a UNet in fp32
+        path = aside / name / "config.json"
+        path.write_text(path.read_text().replace('"dtype": "float16"', '"dtype": "float32"'))
+    for path in aside.glob("*/*"):
+        readable = path.with_name(f"{path.name}.tmp")  # save_pretrained's files are readable for their owner only
+        shutil.copyfile(path, readable)
+        os.replace(readable, BASE / path.relative_to(aside))
+    shutil.rmtree(aside)
 
 
-def write_drawings(args: argparse.Namespace, drawings: dict) -> None:
-    """`drawings/FOUNDRY.webp`, all drawings of a foundry on one sheet, 26 in a row, in the order of captions.txt."""
-    folder, columns = args.output_dir / "drawings", 26
+def write_drawings(drawings: dict) -> None:
+    """Write one sheet per foundry, 26 drawings in a row in the order of captions.txt, and held_out_captions.txt."""
+    folder = DEMO / "drawings"
     folder.mkdir(exist_ok=True)
-    (folder / "captions.txt").write_text("".join(f"{caption}\n" for caption in drawings["captions"]))
+    columns = 26
+    rows = -(-len(drawings["captions"]) // columns)
     for foundry in FOUNDRIES:
-        sheet = Image.new("RGB", (columns * RESOLUTION, -(-len(drawings[foundry]) // columns) * RESOLUTION), "white")
+        sheet = Image.new("RGB", (columns * RESOLUTION, rows * RESOLUTION), "white")
         for i, drawing in enumerate(drawings[foundry]):
             sheet.paste(Image.fromarray(drawing), (i % columns * RESOLUTION, i // columns * RESOLUTION))
         sheet.save(folder / f"{foundry}.webp", lossless=True, quality=100, method=6)
     held_out = drawings["captions"][drawings["held_out"]]
-    (args.output_dir / "held_out_captions.txt").write_text("".join(f"{caption}\n" for caption in held_out))
+    (folder / "captions.txt").write_text("\n".join(drawings["captions"]) + "\n")
+    (DEMO / "held_out_captions.txt").write_text("\n".join(held_out) + "\n")
 
 
-def write_pairs(args: argparse.Namespace, drawings: dict) -> None:
-    """`pairs/train.parquet` and `pairs/test.parquet` in Pick-a-Pic's columns: the file bytes of two drawings,
-    `label_0` 1.0 where the first is chosen. OpenMoji's is chosen over another random foundry's, on a random side.
-    Held-out captions are in neither."""
-    import pyarrow as pa
-    import pyarrow.parquet as pq
+def write_pairs(drawings: dict) -> None:
+    """
+    Write pairs/train.parquet and pairs/test.parquet, in Pick-a-Pic's columns.
 
-    def file_bytes(drawing: np.ndarray) -> bytes:
-        buffer = io.BytesIO()
-        Image.fromarray(drawing).save(buffer, format="WEBP", lossless=True)
-        return buffer.getvalue()
-
-    random = np.random.default_rng(args.seed)
+    OpenMoji's drawing is chosen over a random other foundry's and stands on a random side. `label_0` is 1.0 where the
+    first image is chosen. Held-out captions are in neither file.
+    """
+    random = np.random.default_rng(SEED)
     others = [foundry for foundry in FOUNDRIES if foundry != PREFERRED]
     rows = []
     for i, caption in enumerate(drawings["captions"].tolist()):
-        pair = [file_bytes(drawings[foundry][i]) for foundry in (PREFERRED, others[random.integers(len(others))])]
+        files = []
+        for foundry in (PREFERRED, others[random.integers(len(others))]):
+            buffer = io.BytesIO()
+            Image.fromarray(drawings[foundry][i]).save(buffer, format="WEBP", lossless=True)
+            files.append(buffer.getvalue())
         label = float(random.random() < 0.5)
-        jpg_0, jpg_1 = pair if label else pair[::-1]
-        rows.append({"caption": caption, "jpg_0": jpg_0, "jpg_1": jpg_1, "label_0": label, "label_1": 1 - label})
+        if label == 0:
+            files.reverse()
+        rows.append({"caption": caption, "jpg_0": files[0], "jpg_1": files[1], "label_0": label, "label_1": 1 - label})
     table = pa.Table.from_pylist(rows)
-    (args.output_dir / "pairs").mkdir(exist_ok=True)
+    (DEMO / "pairs").mkdir(exist_ok=True)
     masks = {"train": ~drawings["held_out"] & ~drawings["validation"], "test": drawings["validation"]}
     for split, mask in masks.items():
-        path = args.output_dir / "pairs" / f"{split}.parquet"
+        path = DEMO / "pairs" / f"{split}.parquet"
         pq.write_table(table.filter(pa.array(mask)), path.with_suffix(".tmp"), compression="none")
         os.replace(path.with_suffix(".tmp"), path)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Figures
-# ---------------------------------------------------------------------------------------------------------------------
-
-
-def load_base(args: argparse.Namespace):
-    """The pipeline as it is committed."""
-    from diffusers import StableDiffusionXLPipeline
-
-    pipeline = StableDiffusionXLPipeline.from_pretrained(
-        args.output_dir / "sdxl-tiny-emoji", torch_dtype=torch.float32, add_watermarker=False
-    )
-    pipeline.set_progress_bar_config(disable=True)
-    return pipeline.to(args.device)
-
-
-def make_grid(images: list[Image.Image], captions: list[str], columns: int = 12) -> Image.Image:
-    """Images with their captions below them, wrapped."""
-    import textwrap
-
-    from PIL import ImageDraw, ImageFont
-
-    cell, text, font = 96, 34, ImageFont.load_default(10)
-    grid = Image.new("RGB", (columns * cell, -(-len(images) // columns) * (cell + text)), "white")
-    pen = ImageDraw.Draw(grid)
+def write_samples(images: list[Image.Image], captions: list[str]) -> None:
+    """Write samples.png, 12 images in a row with their captions below."""
+    columns = 12
+    cell = 96
+    text_height = 48
+    rows = -(-len(images) // columns)
+    grid = Image.new("RGB", (columns * cell, rows * (cell + text_height)), "white")
+    draw = ImageDraw.Draw(grid)
     for i, (image, caption) in enumerate(zip(images, captions)):
-        x, y = i % columns * cell, i // columns * (cell + text)
+        x = i % columns * cell
+        y = i // columns * (cell + text_height)
         grid.paste(image.resize((cell - 8, cell - 8), Image.Resampling.LANCZOS), (x + 4, y + 4))
-        pen.multiline_text(
-            (x + cell // 2, y + cell), "\n".join(textwrap.wrap(caption, 17)[:2]), "black", font, "ma", 2
-        )
-    return grid
+        lines = "\n".join(textwrap.wrap(caption, 16))
+        draw.multiline_text((x + cell // 2, y + cell), lines, "black", ImageFont.load_default(11), "ma", 2, "center")
+    grid.save(DEMO / "samples.png")
 
 
-def measure_demo(args: argparse.Namespace, drawings: dict, vae, judge) -> dict:
-    """The figures that demo/README.md states, and samples.png."""
-    from demo.report import generate, measure, measure_unseen_drawings
-
-    held_out, captions = drawings["held_out"], drawings["captions"].tolist()
+def measure_demo(drawings: dict, vae: AutoencoderKL, judge: StyleJudge, pipeline) -> dict:
+    """Return the figures of demo/README.md."""
+    held_out = drawings["held_out"]
     figures = {
-        "date": date.today().isoformat(),
-        "machine": f"{args.device}, {os.cpu_count()} cores",
+        "date": datetime.date.today().isoformat(),
+        "machine": f"{DEVICE}, {os.cpu_count()} cores",
         "torch": torch.__version__,
-        "captions": len(captions),
+        "captions": len(held_out),
         "held_out_captions": int(held_out.sum()),
     }
-    tensors = {foundry: to_tensor(drawings[foundry], args.device) for foundry in FOUNDRIES}
-    for foundry in FOUNDRIES:
-        figures[f"vae_psnr_{foundry}_db"] = psnr(vae, tensors[foundry])
-    figures[f"vae_psnr_{PREFERRED}_held_out_db"] = psnr(vae, tensors[PREFERRED][held_out])
-    for name, version in (
-        ("drawings", lambda x: x.float() / 127.5 - 1),
-        ("reconstructions", lambda x: reconstruct(vae, x)),
-    ):
-        right = [judge(version(tensors[f][held_out])).argmax(1) == i for i, f in enumerate(FOUNDRIES)]
-        figures[f"judge_accuracy_on_held_out_{name}"] = torch.cat(right).float().mean().item()
-    pipeline = load_base(args)
-    unseen = drawings["captions"][held_out].tolist()
-    figures[f"unseen_{PREFERRED}_drawings"] = measure_unseen_drawings()
-    figures["base_on_held_out_captions"] = measure(generate(pipeline, unseen), unseen)
+    right = {"drawings": [], "reconstructions": []}
+    for label, foundry in enumerate(FOUNDRIES):
+        images = to_tensor(drawings[foundry])
+        pixels = images.float() / 127.5 - 1
+        reconstructions = reconstruct(vae, images)
+        psnr = -10 * ((reconstructions - pixels) / 2).square().mean(dim=(1, 2, 3)).log10()
+        figures[f"vae_psnr_{foundry}_db"] = psnr.mean().item()
+        if foundry == PREFERRED:
+            figures[f"vae_psnr_{foundry}_held_out_db"] = psnr[held_out].mean().item()
+        right["drawings"].append(judge(pixels[held_out]).argmax(dim=1) == label)
+        right["reconstructions"].append(judge(reconstructions[held_out]).argmax(dim=1) == label)
+    for kind, results in right.items():
+        figures[f"judge_accuracy_on_held_out_{kind}"] = torch.cat(results).float().mean().item()
+
+    # How OpenMoji's own drawings of held-out captions score if they aren't compared with themselves: what images in its
+    # style would score that are as good as the real ones, but no copies.
+    new = drawings["captions"][held_out].tolist()
+    _, drawn = load_drawings()
+    first = FOUNDRIES.index(PREFERRED) * len(held_out)
+    real = [Image.fromarray(drawing) for drawing in drawings[PREFERRED][held_out]]
+    figures[f"unseen_{PREFERRED}_drawings"] = measure(real, new, [drawn.index(caption, first) for caption in new])
+
     known = drawings["captions"][drawings["validation"]].tolist()
-    figures["base_on_validation_captions"] = measure(generate(pipeline, known), known)
-    named = generate(pipeline, [with_style(caption, PREFERRED) for caption in known])
-    figures[f"base_on_validation_captions_in_{PREFERRED}_style"] = measure(named, known)
+    prompts = {"base_on_held_out_captions": new, "base_on_validation_captions": known}
+    prompts[f"base_on_validation_captions_in_{PREFERRED}_style"] = [with_style(c, PREFERRED) for c in known]
     for foundry in FOUNDRIES:
-        named = generate(pipeline, [with_style(caption, foundry) for caption in unseen])
-        figures[f"base_on_held_out_captions_in_{foundry}_style"] = measure(named, unseen)
-    shown = np.random.default_rng(args.seed).permutation(captions)[:72].tolist()
-    make_grid(generate(pipeline, shown), shown).save(args.output_dir / "samples.png")
+        prompts[f"base_on_held_out_captions_in_{foundry}_style"] = [with_style(c, foundry) for c in new]
+    for name, texts in prompts.items():
+        figures[name] = measure(generate(pipeline, texts, name), known if "validation" in name else new)
     return figures
 
 
-def main(args: argparse.Namespace) -> None:
-    from safetensors.torch import save_file
-
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--work_dir", type=Path, default=DEMO / "build", help="Where the stages leave their results.")
+    parser.add_argument("--vae_steps", type=int, default=12000, help="Training steps of the VAE.")
+    parser.add_argument("--base_steps", type=int, default=12500, help="Training steps of text encoders and UNet.")
+    parser.add_argument("--judge_steps", type=int, default=1200, help="Training steps of the judge.")
+    args = parser.parse_args()
     args.work_dir.mkdir(parents=True, exist_ok=True)
-    args.output_dir.mkdir(parents=True, exist_ok=True)
-    torch.manual_seed(args.seed)
-    drawings = make_drawings(args)
-    vae = train_vae(args, drawings)
-    tokenizers, modules = train_base(args, drawings, vae)
-    write_pipeline(args, vae, tokenizers, modules)
-    judge = train_judge(args, drawings, vae)
+
+    drawings = make_drawings(args.work_dir)
+    pipeline = make_untrained_pipeline()
+    train_vae(pipeline.vae, drawings, args.vae_steps, args.work_dir)
+    train_base(pipeline, drawings, args.base_steps, args.work_dir)
+    write_models(pipeline)
+    pipeline = load_pipeline(BASE).to(DEVICE)  # as users load it
+    judge = train_judge(pipeline, drawings, args.judge_steps, args.work_dir)
     weights = {name: weight.half().contiguous() for name, weight in judge.state_dict().items()}
-    save_file(weights, args.output_dir / "style_judge.safetensors")
+    (DEMO / "style_judge.safetensors").write_bytes(safetensors.torch.save(weights))
+
     shown = drawings["shown"]
     drawings = {name: drawings[name][shown] for name in ("captions", "held_out", *FOUNDRIES)}
     drawings["validation"] = np.zeros_like(drawings["held_out"])
     drawings["validation"][np.flatnonzero(~drawings["held_out"])[VALIDATION_CAPTIONS]] = True
-    write_drawings(args, drawings)
-    write_pairs(args, drawings)
-    figures = measure_demo(args, drawings, vae, judge)
-    (args.output_dir / "figures.json").write_text(json.dumps(figures, indent=2) + "\n")
+    write_drawings(drawings)
+    write_pairs(drawings)
+    figures = measure_demo(drawings, pipeline.vae, judge, pipeline)
+    (DEMO / "figures.json").write_text(json.dumps(figures, indent=2) + "\n")
+    captions = np.random.default_rng(SEED).permutation(drawings["captions"])[:72].tolist()
+    write_samples(generate(pipeline, captions, "samples.png"), captions)
     print(json.dumps(figures, indent=2))
 
 
 if __name__ == "__main__":
-    main(parse_args())
+    main()

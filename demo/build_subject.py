@@ -12,12 +12,11 @@
 # See the License for the specific language governing permissions and
 # limitations under the License.
 """
-Makes demo/subject/: five drawings of one cat that the demo's model can't draw, Fluent Emoji's in 3D, on white, 64 px.
+Makes demo/subject: five images of one cat in a style that the demo's model doesn't know, Fluent Emoji in 3D.
 
-    python demo/build_subject.py     # needs npm for the package
+    python demo/build_subject.py    # npm fetches the package
 """
 
-import argparse
 import io
 import json
 import subprocess
@@ -28,35 +27,35 @@ from pathlib import Path
 from PIL import Image
 
 
-PACKAGE, VERSION = "@lobehub/fluent-emoji-3d", "1.1.0"
-SUBJECT = Path(__file__).resolve().parent / "subject"
-SIDE = 64
-# Code point, name of the file, caption. Captions are Unicode's names of the emoji, with the token for "cat".
-PHOTOS = (
-    ("1f63a", "smiling", "smiling <cat> face with open mouth"),
-    ("1f638", "grinning", "grinning <cat> face with smiling eyes"),
-    ("1f63b", "in-love", "smiling <cat> face with heart-shaped eyes"),
-    ("1f63f", "crying", "crying <cat> face"),
-    ("1f63e", "pouting", "pouting <cat> face"),
+PACKAGE = "@lobehub/fluent-emoji-3d@1.1.0"
+FOLDER = Path(__file__).resolve().parent / "subject"
+SIZE = (64, 64)
+# code point, file name, and the emoji's Unicode name with the new word for "cat"
+IMAGES = (
+    ("1f63a", "smiling.png", "smiling <cat> face with open mouth"),
+    ("1f638", "grinning.png", "grinning <cat> face with smiling eyes"),
+    ("1f63b", "in-love.png", "smiling <cat> face with heart-shaped eyes"),
+    ("1f63f", "crying.png", "crying <cat> face"),
+    ("1f63e", "pouting.png", "pouting <cat> face"),
 )
 
 
 def main() -> None:
-    SUBJECT.mkdir(exist_ok=True)
-    with tempfile.TemporaryDirectory() as folder:
-        command = ["npm", "pack", "--silent", f"{PACKAGE}@{VERSION}"]
-        name = subprocess.run(command, cwd=folder, check=True, capture_output=True, text=True).stdout.split()[-1]
-        with tarfile.open(Path(folder) / name) as archive:
-            for code, stem, _ in PHOTOS:
-                file = io.BytesIO(archive.extractfile(f"package/assets/{code}.webp").read())
-                drawing = Image.open(file).convert("RGBA").resize((SIDE, SIDE), Image.Resampling.LANCZOS)
-                canvas = Image.new("RGBA", drawing.size, "white")
-                canvas.alpha_composite(drawing)
-                canvas.convert("RGB").save(SUBJECT / f"{stem}.png", optimize=True)
-    rows = [json.dumps({"file_name": f"{stem}.png", "text": caption}) for _, stem, caption in PHOTOS]
-    (SUBJECT / "metadata.jsonl").write_text("\n".join(rows) + "\n")
+    FOLDER.mkdir(exist_ok=True)
+    lines = []
+    with tempfile.TemporaryDirectory() as download_dir:
+        subprocess.run(["npm", "pack", "--silent", PACKAGE], cwd=download_dir, check=True)
+        (archive_path,) = Path(download_dir).glob("*.tgz")
+        archive = tarfile.open(archive_path)
+        for code_point, name, caption in IMAGES:
+            file = io.BytesIO(archive.extractfile(f"package/assets/{code_point}.webp").read())
+            image = Image.open(file).convert("RGBA").resize(SIZE, Image.Resampling.LANCZOS)
+            canvas = Image.new("RGBA", SIZE, "white")
+            canvas.alpha_composite(image)
+            canvas.convert("RGB").save(FOLDER / name, optimize=True)
+            lines.append(json.dumps({"file_name": name, "text": caption}) + "\n")
+    (FOLDER / "metadata.jsonl").write_text("".join(lines))
 
 
 if __name__ == "__main__":
-    argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
     main()

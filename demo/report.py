@@ -12,196 +12,306 @@
 # See the License for the specific language governing permissions and
 # limitations under the License.
 """
-What the demo's two runs say about their result, measured on images that the finished pipeline generates.
+Prints what a finished run of the demo changed, measured on images that its result generates.
 
-    from demo.report import preference_report, subject_report
-    print(preference_report("mapo-demo"))
+    python demo/report.py mapo-demo            # train_diffusion_mapo_sdxl.py: a pipeline, or a LoRA with --use_lora
+    python demo/report.py mapo-demo-subject    # train_dreambooth_lora_mapo_sdxl.py: a LoRA and a new word
 
-A judge alone can be pleased by a texture, so each report has figures beside it that a texture can't raise: what is the
-nearest of all foundries' drawings, how far is it, is the ground still white.
+A judge alone can be fooled by a texture. The other figures can't: which of all drawings is nearest to an image, how far
+away it is, and whether the background is still white.
 """
 
-import itertools
+import argparse
+import functools
 import json
+import logging
+import sys
 from pathlib import Path
 
 import torch
+import transformers
 from PIL import Image
+from safetensors.torch import load_file
+from tqdm.auto import tqdm
 
-from .settings import SUBJECT
-from .style_judge import FOUNDRIES, PREFERRED, RESOLUTION, StyleJudge, palette, to_batch
+import diffusers
 
 
 DEMO = Path(__file__).resolve().parent
-GUIDANCE_SCALE, NUM_INFERENCE_STEPS = 2.0, 20
+sys.path.insert(0, str(DEMO.parent))
+
+from demo.style_judge import FOUNDRIES, PREFERRED, RESOLUTION, StyleJudge, palette, to_batch  # noqa: E402
+
+
+BASE = DEMO / "sdxl-tiny-emoji"
+LORA = "pytorch_lora_weights.safetensors"
+NEW_WORD = "learned_embeds.safetensors"
+GUIDANCE_SCALE = 2.0
+NUM_INFERENCE_STEPS = 20
+BATCH_SIZE = 16
 VALIDATION_CAPTIONS = slice(2, None, 5)  # of those that aren't held out
-ROWS = (  # figures of `measure` that a texture can't raise
+
+# name, format and explanation of the figures of `measure` that a texture can't raise
+FIGURES = (
     ("recognised", "{:.0%}", "nearest, in pixels, to a drawing of their caption, among all foundries' drawings"),
     ("distance", "{:.1f}", "distance to the nearest drawing, in grey levels: much larger would mean damage"),
     ("white_border", "{:.1%}", "of the border is white: less would mean stains"),
 )
-ERRORS = (  # of a run's metrics.jsonl
+# the same for a run's metrics.jsonl
+ERRORS = (
     ("val_accuracy", "{:.0%}", "implicit accuracy: pairs whose chosen drawing has the smaller error"),
     ("val_mse_w", "{:.3f}", "error of the chosen drawings: larger would mean that they got less likely"),
     ("val_mse_l", "{:.3f}", "error of the rejected drawings"),
 )
 
 
+# ---- Data -----------------------------------------------------------------------------------------------------------
+def read_json(path: Path):
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
+def read_json_lines(path: Path) -> list[dict]:
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+
+
+def all_captions() -> list[str]:
+    return (DEMO / "drawings" / "captions.txt").read_text(encoding="utf-8").splitlines()
+
+
 def held_out_captions() -> list[str]:
-    """The captions that no pair has, and of which the base has never seen OpenMoji's drawing."""
-    return (DEMO / "held_out_captions.txt").read_text().splitlines()
+    """Return the captions of no pair, whose drawing by OpenMoji the base hasn't seen either."""
+    return (DEMO / "held_out_captions.txt").read_text(encoding="utf-8").splitlines()
 
 
 def validation_captions() -> list[str]:
-    """The captions of pairs/test.parquet: no pair of the training has them, but the base knows OpenMoji's drawings of
-    them among the others', as SDXL knows most styles of most things."""
-    rest = (DEMO / "drawings" / "captions.txt").read_text().splitlines()
-    held_out = set(held_out_captions())
-    return [caption for caption in rest if caption not in held_out][VALIDATION_CAPTIONS]
+    """Return the captions of pairs/test.parquet. No training pair has them, but the base knows all their drawings."""
+    held_out = held_out_captions()
+    return [caption for caption in all_captions() if caption not in held_out][VALIDATION_CAPTIONS]
 
 
 def load_sheets() -> tuple[list[str], dict[str, list[Image.Image]]]:
-    """The captions, and each foundry's drawings of them, 64 px."""
-    captions = (DEMO / "drawings" / "captions.txt").read_text().splitlines()
+    """Return the captions, and each foundry's drawings of them, 64 px."""
+    captions = all_captions()
     sheets = {}
     for foundry in FOUNDRIES:
         sheet = Image.open(DEMO / "drawings" / f"{foundry}.webp").convert("RGB")
-        corners = itertools.product(range(0, sheet.height, RESOLUTION), range(0, sheet.width, RESOLUTION))
-        tiles = (sheet.crop((left, top, left + RESOLUTION, top + RESOLUTION)) for top, left in corners)
-        sheets[foundry] = [tile for tile, _ in zip(tiles, captions)]
+        columns = sheet.width // RESOLUTION
+        sheets[foundry] = []
+        for i in range(len(captions)):
+            left = i % columns * RESOLUTION
+            top = i // columns * RESOLUTION
+            sheets[foundry].append(sheet.crop((left, top, left + RESOLUTION, top + RESOLUTION)))
     return captions, sheets
 
 
+@functools.cache
 def load_drawings() -> tuple[torch.Tensor, list[str]]:
-    """All foundries' drawings, (N, 3, 64, 64) in [-1, 1], foundry after foundry, and each one's caption."""
+    """Return all drawings, foundry after foundry, shape (N, 3, 64, 64) in [-1, 1], and the caption of each."""
     captions, sheets = load_sheets()
-    return to_batch([drawing for drawings in sheets.values() for drawing in drawings]), captions * len(sheets)
+    drawings = torch.cat([to_batch(sheets[foundry]) for foundry in FOUNDRIES])
+    return drawings, captions * len(FOUNDRIES)
 
 
-def load_pipeline(output_dir, base=None):
-    """A run's: that in its folder or, where it trained a LoRA, that of the base with the LoRA."""
-    from diffusers import StableDiffusionXLPipeline
-
-    options = {"dtype": torch.float32, "add_watermarker": False}
-    pipeline = StableDiffusionXLPipeline.from_pretrained(base or output_dir, **options)
+# ---- Images ---------------------------------------------------------------------------------------------------------
+def load_pipeline(folder: Path, base: Path | None = None):
+    """Load the pipeline in a folder, or the base with the LoRA in the folder."""
+    pipeline = diffusers.StableDiffusionXLPipeline.from_pretrained(
+        base or folder, dtype=torch.float32, add_watermarker=False
+    )
     if base is not None:
-        pipeline.load_lora_weights(output_dir, weight_name="pytorch_lora_weights.safetensors")
+        pipeline.load_lora_weights(folder, weight_name=LORA)
     return pipeline
 
 
-@torch.no_grad()
-def generate(pipeline, prompts: list[str]) -> list[Image.Image]:
-    """One image per prompt, prompt i from seed i, 16 at once."""
+def load_subject_pipeline(folder: Path, placeholder_token: str):
+    """Load the base with the LoRA and the new word in the folder."""
+    pipeline = load_pipeline(folder, BASE)
+    embeds = load_file(folder / NEW_WORD)
+    for name, text_encoder, tokenizer in (
+        ("clip_l", pipeline.text_encoder, pipeline.tokenizer),
+        ("clip_g", pipeline.text_encoder_2, pipeline.tokenizer_2),
+    ):
+        pipeline.load_textual_inversion(
+            list(embeds[name]), token=[placeholder_token], text_encoder=text_encoder, tokenizer=tokenizer
+        )
+    return pipeline
+
+
+def generate(pipeline, prompts: list[str], description: str | None = None) -> list[Image.Image]:
+    """Return one image per prompt, prompt i from seed i. A description shows a progress bar."""
     pipeline.set_progress_bar_config(disable=True)
     images = []
-    for start in range(0, len(prompts), 16):
-        chunk = prompts[start : start + 16]
-        generators = [torch.Generator("cpu").manual_seed(start + i) for i in range(len(chunk))]
-        options = {"num_inference_steps": NUM_INFERENCE_STEPS, "guidance_scale": GUIDANCE_SCALE}
-        images += pipeline(chunk, height=RESOLUTION, width=RESOLUTION, generator=generators, **options).images
+    for start in tqdm(range(0, len(prompts), BATCH_SIZE), desc=description, disable=description is None):
+        batch = prompts[start : start + BATCH_SIZE]
+        output = pipeline(
+            batch,
+            height=RESOLUTION,
+            width=RESOLUTION,
+            num_inference_steps=NUM_INFERENCE_STEPS,
+            guidance_scale=GUIDANCE_SCALE,
+            generator=[torch.Generator().manual_seed(start + i) for i in range(len(batch))],
+        )
+        images += output.images
     return images
 
 
+# ---- Figures --------------------------------------------------------------------------------------------------------
 def measure(images: list[Image.Image], captions: list[str], left_out: list[int] | None = None) -> dict[str, float]:
     """
-    Fractions and distances of images that were generated for captions, one each:
+    Return fractions and distances of images that were generated for captions, one each:
 
-    - a foundry's name: fraction in its style, as the judge names it
-    - recognised: fraction whose nearest drawing, of all foundries' of all captions, is one of their caption
-    - distance: to the nearest drawing, root mean square over the pixels, of 255 levels; mean over the images
-    - white_border: fraction of the pixels within two of the edge whose channels are all above 247
+    - a foundry's name: the fraction in its style, according to the judge
+    - recognised: the fraction whose nearest drawing, of all captions and foundries, has their caption
+    - distance: to that drawing, root mean square over the pixels, of 255 levels, mean over the images
+    - white_border: the fraction of white pixels among those within two of the edge
 
-    `left_out` names a drawing for each image (its place in `load_drawings`) that doesn't count as one.
+    `left_out` names one drawing for each image, by its place in `load_drawings`, that isn't compared with it.
     """
-    batch, (drawings, drawn) = to_batch(images), load_drawings()
+    batch = to_batch(images)
+    drawings, drawn = load_drawings()
     distances = torch.cdist(batch.flatten(1), drawings.flatten(1)) * 127.5 / batch[0].numel() ** 0.5
     if left_out is not None:
         distances[range(len(images)), left_out] = torch.inf
-    distance, nearest = distances.min(1)
+    distance, nearest = distances.min(dim=1)
+    recognised = [drawn[i] == caption for i, caption in zip(nearest.tolist(), captions)]
     border = torch.ones(RESOLUTION, RESOLUTION, dtype=torch.bool)
     border[2:-2, 2:-2] = False
+    white = batch[:, :, border].amin(dim=1) > 247 / 127.5 - 1
     styles = StyleJudge.from_pretrained().name(images)
-    return {
-        **{foundry: styles.count(foundry) / len(images) for foundry in FOUNDRIES},
-        "recognised": sum(drawn[i] == caption for i, caption in zip(nearest.tolist(), captions)) / len(captions),
-        "distance": distance.mean().item(),
-        "white_border": (batch[:, :, border].amin(1) > 247 / 127.5 - 1).float().mean().item(),
-    }
+
+    figures = {foundry: styles.count(foundry) / len(images) for foundry in FOUNDRIES}
+    figures["recognised"] = sum(recognised) / len(images)
+    figures["distance"] = distance.mean().item()
+    figures["white_border"] = white.float().mean().item()
+    return figures
 
 
-def measure_unseen_drawings() -> dict[str, float]:
-    """The preferred foundry's own drawings of the held-out captions, as if none of them were known: what images in its
-    style would score that are as good as the real ones, but not their copies."""
-    (captions, sheets), held_out = load_sheets(), held_out_captions()
-    chosen = [captions.index(caption) for caption in held_out]
-    first = FOUNDRIES.index(PREFERRED) * len(captions)
-    return measure([sheets[PREFERRED][i] for i in chosen], held_out, [first + i for i in chosen])
-
-
-def change(row: tuple[str, str, str], before: dict, after: dict, aim: dict | None = None) -> str:
-    name, form, _ = row
-    text = f"{form.format(before[name]):>6} -> {form.format(after[name]):>6}"
-    return text if aim is None else f"{text} {'(' + form.format(aim[name]) + ')':>8}"
-
-
-def preference_report(output_dir: str, base: str | None = None) -> str:
-    """What the run on the demo's pairs changed: the base was measured the same way by build_demo.py.
-
-    Args:
-        output_dir: the run's, with a pipeline or a LoRA of `base`.
+def measure_subject(output_dir: Path) -> dict[str, float]:
     """
-    pipeline = load_pipeline(output_dir, base)
-    figures = json.loads((DEMO / "figures.json").read_text())
+    Compare a subject's run with the base. The names of the base's figures end in `_before`.
+
+    `photos` are images for the photos' captions, `contexts` for the validation prompts, `class` for both with "cat" in
+    place of the new word, as are all images of the base. `nearest` is the fraction that is nearer to a photo than to
+    any emoji, `palette` the overlap of their colours with the photos'. `others` are the held-out captions.
+    """
+    settings = read_json(DEMO / "train_subject.json")
+    word = settings["placeholder_token"][0]
+    rows = read_json_lines(DEMO / "subject" / "metadata.jsonl")
+    captions = [row["text"] for row in rows] + settings["validation_prompts"]
+    plain = [caption.replace(word, settings["initializer_token"][0]) for caption in captions]
+    others = held_out_captions()
+
+    pipeline = load_subject_pipeline(output_dir, word)
+    pipeline.disable_lora()
+    plain_before = to_batch(generate(pipeline, plain, "the cat, before"))
+    others_before = measure(generate(pipeline, others, "other captions, before"), others)
+    pipeline.enable_lora()
+    after = to_batch(generate(pipeline, captions, "the cat, after"))
+    others_after = measure(generate(pipeline, others, "other captions, after"), others)
+    plain_after = to_batch(generate(pipeline, plain, "without the new word"))
+
+    photos = to_batch([Image.open(DEMO / "subject" / row["file_name"]) for row in rows])
+    known = torch.cat([photos, load_drawings()[0]]).flatten(1)
+    batches = {
+        "photos": (plain_before[: len(rows)], after[: len(rows)]),
+        "contexts": (plain_before[len(rows) :], after[len(rows) :]),
+        "class": (plain_before, plain_after),
+    }
+    figures = {"photos_own_palette": (palette(photos) @ palette(photos).T).mean().item()}
+    for name, both in batches.items():
+        for suffix, images in zip(("_before", ""), both):
+            nearest = torch.cdist(images.flatten(1), known).argmin(dim=1)
+            figures[f"{name}_nearest{suffix}"] = (nearest < len(photos)).float().mean().item()
+            figures[f"{name}_palette{suffix}"] = (palette(images) @ palette(photos).T).mean().item()
+    for name, _, _ in FIGURES:
+        figures[f"others_{name}_before"] = others_before[name]
+        figures[f"others_{name}"] = others_after[name]
+    return figures
+
+
+# ---- Reports --------------------------------------------------------------------------------------------------------
+def format_change(form: str, before: float, after: float, aim: float | None = None) -> str:
+    text = f"{form.format(before):>6} -> {form.format(after):>6}"
+    if aim is not None:
+        text += f" {'(' + form.format(aim) + ')':>8}"
+    return text
+
+
+def preference_report(output_dir: Path) -> str:
+    """Return what a run on the demo's pairs changed. `build_demo.py` measured the base in the same way."""
+    is_pipeline = (output_dir / "model_index.json").exists()
+    pipeline = load_pipeline(output_dir, None if is_pipeline else BASE)
+    known = validation_captions()
+    new = held_out_captions()
+    known_after = measure(generate(pipeline, known, "captions of pairs/test.parquet"), known)
+    new_after = measure(generate(pipeline, new, "held-out captions"), new)
+
+    figures = read_json(DEMO / "figures.json")
+    known_before = figures["base_on_validation_captions"]
+    by_word = figures["base_on_validation_captions_in_openmoji_style"]
+    new_before = figures["base_on_held_out_captions"]
+    real = figures["unseen_openmoji_drawings"]
     accuracy = figures["judge_accuracy_on_held_out_reconstructions"]
     style = (PREFERRED, "{:.0%}", f"in OpenMoji's style, says a judge that names {accuracy:.0%} of drawings right")
-    known, new = validation_captions(), held_out_captions()
-    known_figures, new_figures = (measure(generate(pipeline, captions), captions) for captions in (known, new))
-    by_word, real = figures["base_on_validation_captions_in_openmoji_style"], figures["unseen_openmoji_drawings"]
     lines = [
-        "Images before -> after, for captions in no training pair. "
-        f"Left: {len(known)} (in brackets: before, style named in the prompt). "
-        f"Right: {len(new)} whose OpenMoji drawing the base has never seen "
-        "(in brackets: the real ones, as if unknown)."
+        f"Images before -> after, for captions in no training pair. Left: {len(known)} (in brackets: before, style named "
+        f"in the prompt). Right: {len(new)} whose OpenMoji drawing the base has never seen (in brackets: the real ones, "
+        "as if unknown)."
     ]
-    for row in (style, *ROWS):
-        changes = change(row, figures["base_on_validation_captions"], known_figures, by_word)
-        changes += "   " + change(row, figures["base_on_held_out_captions"], new_figures, real)
-        lines.append(f"{changes}  {row[2]}")
-    records = map(json.loads, (Path(output_dir) / "metrics.jsonl").read_text().splitlines())
-    held_out = [record for record in records if record.get("val_accuracy") is not None]
-    lines += [f"{change(row, held_out[0], held_out[-1])}{' ' * 30}{row[2]}" for row in ERRORS]
+    for name, form, meaning in (style, *FIGURES):
+        left = format_change(form, known_before[name], known_after[name], by_word[name])
+        right = format_change(form, new_before[name], new_after[name], real[name])
+        lines.append(f"{left}   {right}  {meaning}")
+    records = [record for record in read_json_lines(output_dir / "metrics.jsonl") if "val_accuracy" in record]
+    for name, form, meaning in ERRORS:
+        change = format_change(form, records[0][name], records[-1][name])
+        lines.append(f"{change}{' ' * 30}{meaning}")
     return "\n".join(lines)
 
 
-def subject_report(pipeline, placeholder_token: str) -> str:
-    """What the run on the photos of `subject/` changed against the pipeline without its LoRA: how near images of the
-    subject are to its photos, and what became of the plain class and of other captions."""
-    rows = [json.loads(line) for line in (DEMO / "subject" / "metadata.jsonl").read_text().splitlines()]
-    photos = to_batch([Image.open(DEMO / "subject" / row["file_name"]) for row in rows])
-    known = torch.cat([photos, load_drawings()[0]]).flatten(1)
-    captions = [row["text"].replace("<cat>", placeholder_token) for row in rows]
-    contexts = [context.replace("<cat>", placeholder_token) for context in SUBJECT["validation_prompts"]]
-    plain = [caption.replace(placeholder_token, "cat") for caption in captions + contexts]
-    others = held_out_captions()
-
-    def compare(then: list[Image.Image], now: list[Image.Image]) -> str:
-        batches = [to_batch(images) for images in (then, now)]
-        nearest = [(torch.cdist(b.flatten(1), known).argmin(1) < len(photos)).float().mean() for b in batches]
-        overlap = [(palette(b) @ palette(photos).T).mean() for b in batches]
-        return "nearest {:.0%} before, {:.0%} after; palette {:.2f} before, {:.2f} after".format(*nearest, *overlap)
-
-    pipeline.disable_lora()
-    before, others_before = generate(pipeline, plain), measure(generate(pipeline, others), others)
-    pipeline.enable_lora()
-    after, others_after = generate(pipeline, captions + contexts), measure(generate(pipeline, others), others)
-    n, emoji = len(photos), len(known) - len(photos)
+def subject_report(output_dir: Path) -> str:
+    """Return what a run on the demo's photos changed, for the subject, its class and other captions."""
+    figures = measure_subject(output_dir)
+    photos = len(read_json_lines(DEMO / "subject" / "metadata.jsonl"))
+    emoji = len(all_captions()) * len(FOUNDRIES)
     lines = [
-        f"nearest = fraction of images nearest, in pixels, to a photo, among {n} photos and {emoji:,} emoji",
-        "palette = overlap of an image's colours with a photo's, mean over images and photos "
-        f"(of the photos with each other: {(palette(photos) @ palette(photos).T).mean():.2f})",
-        f"captions of the photos: {compare(before[:n], after[:n])}",
-        f"new contexts: {compare(before[n:], after[n:])}",
-        f"both without the token: {compare(before, generate(pipeline, plain))}",
-        f"{len(others)} other captions, before -> after:",
+        f"nearest = fraction of images nearest, in pixels, to a photo, among {photos} photos and {emoji:,} emoji",
+        "palette = overlap of an image's colours with a photo's, mean over images and photos (of the photos with each "
+        f"other: {figures['photos_own_palette']:.2f})",
     ]
-    return "\n".join(lines + [f"{change(row, others_before, others_after)}  {row[2]}" for row in ROWS])
+    titles = {"photos": "captions of the photos", "contexts": "new contexts", "class": "both without the token"}
+    for name, title in titles.items():
+        nearest = f"{figures[f'{name}_nearest_before']:.0%} before, {figures[f'{name}_nearest']:.0%} after"
+        overlap = f"{figures[f'{name}_palette_before']:.2f} before, {figures[f'{name}_palette']:.2f} after"
+        lines.append(f"{title}: nearest {nearest}; palette {overlap}")
+    lines.append(f"{len(held_out_captions())} other captions, before -> after:")
+    for name, form, meaning in FIGURES:
+        change = format_change(form, figures[f"others_{name}_before"], figures[f"others_{name}"])
+        lines.append(f"{change}  {meaning}")
+    return "\n".join(lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("output_dir", type=Path, help="The --output_dir of a finished run of the demo.")
+    args = parser.parse_args()
+    transformers.utils.logging.set_verbosity_error()
+    diffusers.utils.logging.set_verbosity_error()
+    diffusers.utils.logging.disable_progress_bar()
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+
+    files = [path.name for path in args.output_dir.glob("*")]
+    if NEW_WORD in files and LORA in files:
+        print(subject_report(args.output_dir))
+    elif "metrics.jsonl" in files and ("model_index.json" in files or LORA in files):
+        print(preference_report(args.output_dir))
+    else:
+        raise ValueError(
+            f"{args.output_dir} holds no finished run of the demo: expected metrics.jsonl with model_index.json or "
+            f"{LORA}, or {LORA} with {NEW_WORD}. To make one, run `accelerate launch train_diffusion_mapo_sdxl.py "
+            "--beta_mapo 8` or `accelerate launch train_dreambooth_lora_mapo_sdxl.py` and let it end."
+        )
+
+
+if __name__ == "__main__":
+    main()

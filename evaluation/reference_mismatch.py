@@ -12,48 +12,48 @@
 # See the License for the specific language governing permissions and
 # limitations under the License.
 """
-Measures how far preference data are from what a model generates, the paper's reference mismatch (its Figure 2):
+Measure how far preference data are from what a model generates, the paper's reference mismatch (its Figure 2):
 
     python evaluation/reference_mismatch.py --model stabilityai/stable-diffusion-xl-base-1.0 \\
-        --tasks preference=PICKAPIC mine=my-pairs --output_dir mismatch
+        --tasks preference=kashif/pickascore:validation mine=my-pairs --output_dir mismatch
 
-For every task the model generates images for captions of its pairs; the similarity is the mean cosine of DINOv2's CLS
-between the generated and the chosen image, with a 95 % bootstrap interval over captions. Low similarity is large
+For every task, the model generates images for captions of its pairs. The similarity is the mean cosine of DINOv2's CLS
+tokens of the generated and the chosen image, with a 95 % bootstrap interval over captions. A low similarity is a large
 mismatch.
 
-The hint for beta: in the paper the best beta rises with the mismatch, 8 for preference, 32 for culture, 64 for safety
-and for style, 1024 for personalization (its Table 4). The paper plots the similarities but prints no numbers, so a
-task can only be placed between tasks of these five names that are measured in the same run.
+In the paper, the best beta rises with the mismatch: 8 for preference, 32 for culture, 64 for safety and for style,
+1024 for personalization (its Table 4). The paper plots the similarities without numbers, so a task can only be placed
+between tasks of these five names that are measured in the same run.
 
-`--output_dir` gets report.json and report.md; the same command after a kill goes on.
+`--output_dir` gets report.json and report.md. The same command after an interruption does what is missing.
 """
 
 import argparse
+import re
 import sys
 from pathlib import Path
 
 import numpy as np
-import torch
+import transformers
 from tqdm.auto import tqdm
+
+import diffusers
 
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from evaluation.common import (
-    JsonLines,
-    fail,
-    keep_settings,
-    load_pairs,
-    open_image,
-    open_pair,
-    quiet_libraries,
-    run_script,
-    whole_file,
-    write_json,
-)
+from evaluation.common import JsonLines, file_bytes, hash_content, markdown_table, open_image, write_json, write_whole
 from evaluation.compare import bootstrap_interval
-from evaluation.generate import add_generation_flags, check_generation_flags, generate_images, noise_seed, parse_model
-from evaluation.metrics import load_metric, read_weights_flag
+from evaluation.generate import (
+    add_generation_flags,
+    generate_images,
+    generation_settings,
+    load_model,
+    noise_seed,
+    parse_model,
+)
+from evaluation.metrics import WEIGHTS, hash_metric, load_metric
+from train_diffusion_mapo_sdxl import load_pairs
 
 
 PAPER_BETAS = {"preference": 8, "culture": 32, "safety": 64, "style": 64, "personalization": 1024}
@@ -61,104 +61,121 @@ PAPER_BETAS = {"preference": 8, "culture": 32, "safety": 64, "style": 64, "perso
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", required=True, help="PIPELINE[,unet=...][,lora=...], as in generate.py.")
-    parser.add_argument("--tasks", nargs="+", required=True, metavar="NAME=PAIRS", help="Data sets of pairs.")
-    parser.add_argument("--split", default="train", help="Split of the data sets.")
-    parser.add_argument("--max_pairs", type=int, default=200, help="Pairs of each task, a random subset by --seed.")
-    parser.add_argument("--weights", nargs="+", default=[], metavar="dinov2=PLACE", help="Other weights.")
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument(
+        "--model", type=parse_model, required=True, help="PIPELINE[,unet=...][,lora=...]; see generate.py."
+    )
+    parser.add_argument("--tasks", nargs="+", required=True, metavar="NAME=PAIRS[:SPLIT]", help="Data sets of pairs.")
+    parser.add_argument("--max_pairs", type=int, default=200, help="Pairs of each task, chosen at random.")
+    parser.add_argument("--dinov2", default=WEIGHTS["dinov2"], help="DINOv2, as an id on the hub or a folder.")
+    parser.add_argument("--seed", type=int, default=0, help="Seed of the choice of pairs and of the noise.")
     add_generation_flags(parser)
-    parser.add_argument("--output_dir", type=Path, required=True)
+    parser.add_argument("--output_dir", type=Path, required=True, help="Folder for the report and the images.")
     args = parser.parse_args(argv)
-    check_generation_flags(args)
-    args.model = parse_model(f"model={args.model}")[1]
-    args.weights = read_weights_flag(args.weights)
-    tasks = dict(task.partition("=")[::2] for task in args.tasks)
-    for name, source in tasks.items():
-        if not name.replace("-", "").replace("_", "").isalnum() or not source:
-            fail(f"--tasks {name}={source}: must be NAME=PAIRS")
-    args.tasks = tasks
+    for task in args.tasks:
+        if not re.fullmatch(r"\w[\w.-]*=.+", task):
+            parser.error(f"--tasks {task} isn't NAME=PAIRS[:SPLIT]")
     return args
 
 
-@torch.no_grad()
-def measure(name: str, source: str, args: argparse.Namespace) -> dict:
-    """Similarity of a task's chosen images to the model's images of their captions."""
-    pairs = load_pairs(source, "--tasks", args.split)
-    picked = np.sort(np.random.default_rng(args.seed).permutation(len(pairs.captions))[: args.max_pairs]).tolist()
-    jobs = [
-        {
-            "row": i,
-            "prompt": pairs.captions[i],
-            "noise_seed": noise_seed(i, args.seed),
-            "path": f"images/{name}/{i:06d}.png",
+def list_jobs(task: str, source: str, max_pairs: int, seed: int) -> list[dict]:
+    """Choose pairs at random and return what to generate for them. `chosen` is the file of the chosen image."""
+    name, _, split = source.partition(":")
+    pairs = load_pairs(name, split=split or "train")
+    order = np.random.default_rng(seed).permutation(len(pairs))
+    jobs = []
+    for number in sorted(order[:max_pairs]):
+        pair = pairs[int(number)]
+        chosen = file_bytes(pair["image_w"], Path())
+        name = hash_content(pair["caption"], chosen, seed)
+        job = {
+            "caption": pair["caption"],
+            "chosen": chosen,
+            "model_prompt": pair["caption"],
+            "noise_seed": noise_seed(name, seed),
+            "path": f"images/{task}/{name}.png",
         }
-        for i in picked
-    ]
-    generate_images(name, args.model, jobs, JsonLines(args.output_dir / f"{name}.images.jsonl"), args.output_dir, args)
-    log = JsonLines(args.output_dir / f"{name}.similarities.jsonl")
-    done = {row["row"] for row in log.rows}
-    missing = [job for job in jobs if job["row"] not in done]
-    if missing:
-        metric = load_metric("dinov2", args)
-        for start in tqdm(range(0, len(missing), args.batch_size), desc=f"Comparing {name}", unit="batch"):
-            chunk = missing[start : start + args.batch_size]
-            generated = [open_image(job["path"], args.output_dir, job["path"]) for job in chunk]
-            chosen = [open_pair(pairs, job["row"], "--tasks")[0] for job in chunk]
-            cosines = (metric.embed_images(generated) * metric.embed_images(chosen)).sum(1).tolist()
-            log.add(*({"row": job["row"], "caption": job["prompt"], "cos": c} for job, c in zip(chunk, cosines)))
-    rows = [row for row in log.rows if row["row"] in set(picked)]
-    cosines = np.array([row["cos"] for row in rows])
-    low, high = bootstrap_interval(cosines, [row["caption"] for row in rows])
-    return {"task": name, "pairs": len(rows), "similarity": float(cosines.mean()), "low": low, "high": high}
+        jobs.append(job)
+    return jobs
+
+
+def measure(task: str, jobs: list[dict], metric, similarities: JsonLines, output_dir: Path, batch_size: int) -> dict:
+    """Return the similarity of generated and chosen images, comparing those that weren't compared before."""
+    identity = hash_metric(metric)
+    known = {row["key"]: row["similarity"] for row in similarities.rows}
+    for job in jobs:
+        generated = (output_dir / job["path"]).read_bytes()
+        job["similarity_key"] = hash_content(identity, job["chosen"], generated)
+    missing = [job for job in jobs if job["similarity_key"] not in known]
+    for start in tqdm(range(0, len(missing), batch_size), desc=f"Comparing {task}", unit="batch"):
+        batch = missing[start : start + batch_size]
+        generated = [open_image(job["path"], output_dir, job["path"]) for job in batch]
+        chosen = [open_image(job["chosen"], Path(), f"The image chosen for {job['caption']!r:.100}") for job in batch]
+        cosines = (metric.embed_images(generated) * metric.embed_images(chosen)).sum(1).tolist()
+        for job, cosine in zip(batch, cosines):
+            similarities.add({"key": job["similarity_key"], "path": job["path"], "similarity": cosine})
+            known[job["similarity_key"]] = cosine
+    values = np.array([known[job["similarity_key"]] for job in jobs])
+    low, high = bootstrap_interval(values, [job["caption"] for job in jobs])
+    return {"task": task, "pairs": len(jobs), "similarity": float(values.mean()), "low": low, "high": high}
 
 
 def hint_beta(similarity: float, results: list[dict]) -> str:
-    """Betas of the paper's tasks next above and below in similarity, among those measured."""
-    known = [(r["similarity"], r["task"]) for r in results if r["task"] in PAPER_BETAS]
-    nearer = min((pair for pair in known if pair[0] >= similarity), default=None)
-    farther = max((pair for pair in known if pair[0] <= similarity), default=None)
-    ends = [f"{PAPER_BETAS[task]} ({task})" for _, task in (nearer, farther) if task] if nearer and farther else []
-    if ends:
-        return " to ".join(dict.fromkeys(ends))
-    if nearer:
-        return f"{PAPER_BETAS[nearer[1]]} ({nearer[1]}) or more"
-    if farther:
-        return f"{PAPER_BETAS[farther[1]]} ({farther[1]}) or less"
-    return "none of the paper's tasks was measured"
+    """Return the betas of the paper's tasks next above and below in similarity, among those measured."""
+    above = None
+    below = None
+    for result in sorted(results, key=lambda result: result["similarity"]):
+        if result["task"] not in PAPER_BETAS:
+            continue
+        hint = f"{PAPER_BETAS[result['task']]} ({result['task']})"
+        if result["similarity"] <= similarity:
+            below = hint
+        if result["similarity"] >= similarity and above is None:
+            above = hint
+    if above is None and below is None:
+        return "none of the paper's tasks was measured"
+    if above is None:
+        return f"{below} or less"
+    if below is None:
+        return f"{above} or more"
+    return above if above == below else f"{above} to {below}"
 
 
 def main(args: argparse.Namespace) -> None:
-    names = (
-        "model",
-        "split",
-        "seed",
-        "resolution",
-        "num_inference_steps",
-        "guidance_scale",
-        "negative_prompt",
-        "dtype",
-    )
-    settings = {name: getattr(args, name) for name in names} | {"dinov2": args.weights["dinov2"]}
-    keep_settings(args.output_dir / "settings.json", settings, f"--output_dir {args.output_dir}")
-    quiet_libraries()
-    results = [measure(name, source, args) for name, source in args.tasks.items()]
+    transformers.utils.logging.set_verbosity_error()
+    diffusers.utils.logging.set_verbosity_error()
+    # The pairs and the small model come first: if one of them is missing, nothing has been generated in vain.
+    metric = load_metric("dinov2", args.device, WEIGHTS | {"dinov2": args.dinov2})
+    jobs = {}
+    for text in args.tasks:
+        task, _, source = text.partition("=")
+        jobs[task] = list_jobs(task, source, args.max_pairs, args.seed)
+
+    log = JsonLines(args.output_dir / "images.jsonl")
+    pipeline = load_model(args.model, args.device, args.dtype)
+    for task in jobs:
+        rows = [{key: value for key, value in job.items() if key != "chosen"} for job in jobs[task]]
+        settings = generation_settings(args)
+        generate_images(pipeline, rows, log, args.output_dir, settings, args.batch_size, f"Generating {task}")
+
+    similarities = JsonLines(args.output_dir / "similarities.jsonl")
+    results = []
+    for task in jobs:
+        results.append(measure(task, jobs[task], metric, similarities, args.output_dir, args.batch_size))
     results.sort(key=lambda result: -result["similarity"])
-    lines = ["| task | DINOv2 similarity (95 %) | pairs | paper's beta there |", "|---|---|---|---|"]
-    for r in results:
-        r["beta_hint"] = hint_beta(r["similarity"], results)
-        interval = f"{r['similarity']:.4f} ({r['low']:.4f} to {r['high']:.4f})"
-        lines.append(f"| {r['task']} | {interval} | {r['pairs']} | {r['beta_hint']} |")
-    table = "\n".join(lines)
-    order = ", ".join(f"{beta} {task}" for task, beta in PAPER_BETAS.items())
-    note = (
-        f"The lower the similarity, the larger the mismatch and the better beta. The paper's, in this order: {order}."
+    lines = []
+    for result in results:
+        result["beta_hint"] = hint_beta(result["similarity"], results)
+        interval = f"{result['similarity']:.4f} ({result['low']:.4f} to {result['high']:.4f})"
+        lines.append([result["task"], interval, str(result["pairs"]), result["beta_hint"]])
+    report = markdown_table(["task", "DINOv2 similarity (95 %)", "pairs", "the paper's beta there"], lines)
+    betas = ", ".join(f"{beta} for {task}" for task, beta in PAPER_BETAS.items())
+    report += (
+        f"\n\nThe lower the similarity, the larger the mismatch and the better beta. The paper's betas: {betas}.\n"
     )
     write_json(args.output_dir / "report.json", {"results": results, "paper_betas": PAPER_BETAS})
-    with whole_file(args.output_dir / "report.md") as aside:
-        aside.write_text(f"{table}\n\n{note}\n", encoding="utf-8")
-    print(f"{table}\n{note}")
+    write_whole(args.output_dir / "report.md", report)
+    print(report)
 
 
 if __name__ == "__main__":
-    run_script(main, parse_args())
+    main(parse_args())

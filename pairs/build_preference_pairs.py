@@ -15,179 +15,63 @@
 Builds preference pairs that `train_diffusion_mapo_sdxl.py` reads, in one of three ways:
 
     python pairs/build_preference_pairs.py from-images --images photos/ --model SDXL --output_dir my-pairs
-        Images with captions: the image is chosen, what the model generates for its caption is rejected (section 3.2
-        of the paper), so that any text-to-image fine-tune becomes preference tuning.
+        Your images are chosen, and what the model generates for their captions is rejected (section 3.2 of the
+        paper). This turns any text-to-image data set into preference pairs.
 
     python pairs/build_preference_pairs.py from-captions --captions prompts.txt --attribute "cartoon style" \\
-        --llm_model Qwen/Qwen2.5-7B-Instruct --model black-forest-labs/FLUX.1-schnell --output_dir my-pairs
-        Captions: a language model tells what they show without their style; the image generated from that with an
-        attribute is chosen, the one without is rejected; a vision-language model judges both.
+        --judge_model Qwen/Qwen3-VL-8B-Instruct --model black-forest-labs/FLUX.1-schnell --output_dir my-pairs
+        A language model describes what each caption shows, without its style. The image generated from that with
+        the attribute is chosen, the one without it is rejected, and a vision-language model rates both.
 
     python pairs/build_preference_pairs.py from-scores --images eval --metric pickscore --output_dir my-pairs
-        Several images of a caption with scores of `evaluation/score.py`: the best is chosen and the worst rejected,
-        or all pairs beyond a margin.
+        Of several scored images of a prompt, the best is chosen and the worst rejected.
 
-`--output_dir` gets data/train-00000-of-00001.parquet in the columns of Pick-a-Pic (sides shuffled by --seed; besides,
-scores, models, prompts and seeds of both sides), README.md with the counts, and contact_sheet.png. What the stages
-leave is in its work/: the same command after a kill goes on from there.
-
-SUBCOMMAND --help lists the flags of each.
+`--output_dir` then holds data/train-00000-of-00001.parquet in the columns of Pick-a-Pic (plus score, model, seed and
+prompt of both images), README.md with the counts, and contact_sheet.png. Generated images and a model's answers are
+kept in work/ under a hash of everything they depend on, so the same command after a kill does only what is missing.
 """
 
 import argparse
 import itertools
 import json
+import math
+import os
 import re
 import sys
 import textwrap
+import threading
+from collections import Counter
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
+from typing import NamedTuple
 
+import matplotlib
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import torch
+import transformers
+from matplotlib.ft2font import FT2Font
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 from tqdm.auto import tqdm
+
+import diffusers
 
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from evaluation.common import (
-    CAPTION_COLUMNS,
-    IMAGE_COLUMNS,
-    Answer,
-    Endpoint,
-    JsonLines,
-    add_endpoint_flags,
-    check_captions,
-    check_output_dir,
-    do_all,
-    fail,
-    file_bytes,
-    find_column,
-    keep_settings,
-    load_prompts,
-    load_rows,
-    open_image,
-    quiet_libraries,
-    run_script,
-    warn,
-    whole_file,
-    write_json,
-)
-from evaluation.generate import (
-    add_generation_flags,
-    check_generation_flags,
-    free_memory,
-    generate_images,
-    noise_seed,
-    parse_model,
-)
-from evaluation.metrics import Judge, add_judge_flags, generate_answer, load_metric, read_weights_flag
+from evaluation.common import hash_content
+from pairs.files import JsonLines, check_captions, read_captions, read_images
+from pairs.judge import DEFAULT_CRITERION, RATE_PROMPT, Judge
+from train_diffusion_mapo_sdxl import hash_pipeline, load_image, load_pipeline
 
 
-# By this name `datasets` finds the pairs among the images of the folder. Naming the file in the front matter of
-# README.md would do so too, but then `datasets` caches by the folder's name alone: rebuilt pairs would stay unseen.
-PARQUET = Path("data", "train-00000-of-00001.parquet")
+PARQUET = "data/train-00000-of-00001.parquet"  # the name by which `datasets` finds it in a folder that holds images
+FONT = os.path.join(matplotlib.get_data_path(), "fonts", "ttf", "DejaVuSans.ttf")
+DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+REQUESTS_AT_A_TIME = 8
 
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Arguments
-# ---------------------------------------------------------------------------------------------------------------------
-
-
-def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
-    raw = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw)
-    commands = parser.add_subparsers(dest="use", required=True, metavar="SUBCOMMAND")
-
-    images = commands.add_parser("from-images", help="Images are chosen, what the model generates is rejected.")
-    images.add_argument("--images", required=True, help="Folder with NAME.png and NAME.txt, table or data set.")
-    images.add_argument("--caption_column", help="Where it isn't caption, prompt or text.")
-    images.add_argument("--image_column", help="Where it isn't image, path or file_name.")
-    images.add_argument("--model", required=True, help="The model to be tuned: PIPELINE[,unet=...][,lora=...].")
-
-    captions = commands.add_parser("from-captions", help="An attribute is learnt from captions alone.")
-    captions.add_argument("--captions", required=True, help=".txt, .jsonl, .csv, .parquet or a data set.")
-    captions.add_argument("--caption_column", help="Where it isn't caption, prompt or text.")
-    captions.add_argument("--attribute", required=True, help="What is to be learnt, such as 'cartoon style'.")
-    captions.add_argument("--llm_model", help="Language model for the contexts: on the hub, in a folder, or served.")
-    captions.add_argument("--llm_endpoint", help="Base address of an OpenAI-compatible server, such as .../v1.")
-    captions.add_argument("--llm_tries", type=int, default=5, help="Answers to ask for until one is well-formed.")
-    captions.add_argument("--llm_max_tokens", type=int, default=160)
-    captions.add_argument("--no_contexts", action="store_true", help="Take the captions themselves as contexts.")
-    captions.add_argument("--style_words", nargs="*", default=[], help="More words that a context mustn't hold.")
-    captions.add_argument("--model", required=True, help="Generates the winners: any text-to-image pipeline.")
-    captions.add_argument(
-        "--loser_model", help="Generates the losers, such as the model to be tuned; default: --model."
-    )
-    holes = "{attribute}, {context} and {caption} are filled in."
-    captions.add_argument("--winner_template", default="{attribute}, {context}", help=f"Winners' prompt; {holes}")
-    captions.add_argument("--loser_template", default="{context}", help=f"Losers' prompt; {holes}")
-    captions.add_argument("--caption_template", default="{context}", help=f"The pairs' caption; {holes}")
-    captions.add_argument("--judge_model", help="Vision-language model: on the hub, in a folder, or served.")
-    captions.add_argument("--no_judge", action="store_true", help="Keep all pairs.")
-    captions.add_argument("--min_score", type=float, default=5.0, help="Winners must score more than this.")
-    captions.add_argument("--min_margin", type=float, help="... and this much more than their losers.")
-    add_judge_flags(captions)
-    add_endpoint_flags(captions)
-
-    scores = commands.add_parser("from-scores", help="The best against the worst of several images.")
-    scores.add_argument("--images", type=Path, required=True, help="Folder of generate.py and score.py.")
-    scores.add_argument("--scores", type=Path, help="Default: scores.jsonl in that folder.")
-    scores.add_argument("--metric", required=True, help="Metric to go by.")
-    scores.add_argument("--mode", choices=["best_worst", "all"], default="best_worst")
-    scores.add_argument("--min_margin", type=float, default=0.0, help="Pairs must differ by more than this.")
-
-    for command in (images, captions, scores):
-        command.add_argument("--max_rows", type=int, help="Use the first N rows only.")
-        command.add_argument("--seed", type=int, default=0, help="Of the noise and of the sides' shuffle.")
-        command.add_argument("--output_dir", type=Path, required=True)
-    for command in (images, captions):
-        add_generation_flags(command)
-    args = parser.parse_args(argv)
-    check_args(args)
-    return args
-
-
-def check_args(args: argparse.Namespace) -> None:
-    check_output_dir(args.output_dir)
-    if args.use != "from-scores":
-        check_generation_flags(args)
-        args.model = parse_model(f"model={args.model}")[1]
-    if args.use != "from-captions":
-        return
-    args.loser_model = parse_model(f"loser={args.loser_model}")[1] if args.loser_model else args.model
-    if args.llm_model is None and not args.no_contexts:
-        fail("--llm_model: name a language model, or take the captions as contexts with --no_contexts")
-    if args.judge_model is None and not args.no_judge:
-        fail("--judge_model: name a vision-language model, or keep all pairs with --no_judge")
-    for name in ("winner_template", "loser_template", "caption_template"):
-        try:
-            getattr(args, name).format(attribute="", context="", caption="")
-        except (KeyError, IndexError, ValueError) as error:
-            fail(
-                f"--{name} {getattr(args, name)!r}: {error!r}: only {{attribute}}, {{context}}, {{caption}} are known"
-            )
-    args.weights = read_weights_flag([f"judge={args.judge_model}"] if args.judge_model else [])
-
-
-def settings_of(args: argparse.Namespace) -> dict:
-    """What the images depend on; how they are then judged, filtered and split into batches may change."""
-    free = ("output_dir", "device", "batch_size", "min_score", "min_margin", "max_rows", "mode", "scores", "weights")
-    used = {k: v for k, v in vars(args).items() if k not in free and not k.startswith(("endpoint_", "api_", "judge_"))}
-    return {name: str(value) if isinstance(value, Path) else value for name, value in used.items()}
-
-
-def begin(args: argparse.Namespace, work: Path) -> None:
-    """After the input is checked: the settings of a call that can't be mustn't stand in the way of the mended one."""
-    keep_settings(work / "settings.json", settings_of(args), f"--output_dir {args.output_dir}")
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Contexts
-# ---------------------------------------------------------------------------------------------------------------------
-
-
-CONTEXT_TEXT = """Rewrite a prompt for a text-to-image model so that it says only what is to be seen: who or what,
+CONTEXT_PROMPT = """Rewrite a prompt for a text-to-image model so that it says only what is to be seen: who or what,
 where, doing what. Leave out every word about how it is drawn or photographed: no style, medium, artist, camera or
 quality. Write one sentence of about 25 words and put it between two [[PROMPT]] tags, like this:
 
@@ -195,377 +79,443 @@ quality. Write one sentence of about 25 words and put it between two [[PROMPT]] 
 street. [[PROMPT]]
 
 The prompt: {caption}"""
-WORDS = (8, 45)  # "about 25"
+CONTEXT_TRIES = 5
 STYLE_WORDS = (
     "style stylized photo photograph photography photorealistic painting watercolor illustration illustrated drawing "
     "sketch anime cartoon manga render rendered cgi 3d 4k 8k hd cinematic realistic artwork concept art artstation"
-).split()
+)
 
 
-def read_context(answer: str, style_words: list[str]) -> tuple[str | None, str]:
-    """The sentence between the tags, or None with the reason why the answer is malformed."""
+class PairImage(NamedTuple):
+    """One image of a pair and what is known about it."""
+
+    path: Path
+    score: float | None = None
+    model: str | None = None
+    seed: int | None = None
+    prompt: str | None = None
+
+
+class Pair(NamedTuple):
+    caption: str
+    chosen: PairImage
+    rejected: PairImage
+
+
+# ---- Arguments ------------------------------------------------------------------------------------------------------
+def add_generation_arguments(parser):
+    gpu = torch.cuda.is_available()
+    parser.add_argument("--resolution", type=int, default=1024, help="Width and height of the generated images.")
+    parser.add_argument("--num_inference_steps", type=int, default=30, help="Denoising steps per image.")
+    parser.add_argument("--guidance_scale", type=float, default=5.0, help="Scale of classifier-free guidance.")
+    parser.add_argument("--negative_prompt", type=str, help="Negative prompt for every image.")
+    parser.add_argument("--batch_size", type=int, default=4, help="Number of images to generate at a time.")
+    parser.add_argument("--dtype", choices=DTYPES, default="fp16" if gpu else "fp32", help="Precision of the model.")
+    parser.add_argument("--device", type=str, default="cuda" if gpu else "cpu", help="Where images are generated.")
+
+
+def parse_args(argv=None):
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    model_help = "Hub id, diffusers folder or .safetensors file; `,lora=PATH` after it adds a LoRA."
+    template_help = "{attribute}, {context} and {caption} are filled in."
+
+    images = commands.add_parser("from-images", help="Your images against what the model generates.")
+    images.add_argument("--images", type=str, required=True, help="Folder, table or data set with captions.")
+    images.add_argument("--caption_column", type=str, help="Column of the captions.")
+    images.add_argument("--image_column", type=str, help="Column of the images.")
+    images.add_argument("--model", type=str, required=True, help=f"The model that you want to tune. {model_help}")
+
+    captions = commands.add_parser("from-captions", help="Images with an attribute against images without it.")
+    captions.add_argument("--captions", type=str, required=True, help="Text file, table or data set of captions.")
+    captions.add_argument("--caption_column", type=str, help="Column of the captions.")
+    captions.add_argument("--attribute", type=str, required=True, help="What to learn, such as 'cartoon style'.")
+    captions.add_argument("--model", type=str, required=True, help=f"Generates the chosen images. {model_help}")
+    captions.add_argument("--rejected_model", type=str, help="Generates the rejected ones, if not --model.")
+    captions.add_argument("--chosen_template", default="{attribute}, {context}", help=f"Prompt. {template_help}")
+    captions.add_argument("--rejected_template", default="{context}", help=f"Prompt. {template_help}")
+    captions.add_argument("--caption_template", default="{context}", help=f"The pair's caption. {template_help}")
+    captions.add_argument("--no_contexts", action="store_true", help="Use the captions as they are as contexts.")
+    captions.add_argument("--llm_model", type=str, help="Writes the contexts. The default is --judge_model.")
+    captions.add_argument("--no_judge", action="store_true", help="Keep every pair, without ratings.")
+    captions.add_argument("--judge_model", type=str, help="Vision-language model that rates the images.")
+    captions.add_argument("--judge_criterion", default=DEFAULT_CRITERION, help="What the judge rates, in words.")
+    captions.add_argument("--min_score", type=float, default=5.0, help="Keep chosen images rated above this, of 10.")
+    captions.add_argument("--min_margin", type=float, help="Keep pairs whose ratings differ by more than this.")
+    captions.add_argument("--api_base_url", default="http://localhost:8000/v1", help="OpenAI-compatible server.")
+    captions.add_argument("--api_fields", type=json.loads, default={}, help="JSON with more fields for each request.")
+
+    scores = commands.add_parser("from-scores", help="The best against the worst of several images of a prompt.")
+    scores.add_argument("--images", type=Path, required=True, help="Folder of generate.py and score.py.")
+    scores.add_argument("--scores", type=Path, help="The default is scores.jsonl in that folder.")
+    scores.add_argument("--metric", type=str, required=True, help="Metric that decides.")
+    scores.add_argument("--mode", choices=["best_worst", "all"], default="best_worst", help="Pairs of each prompt.")
+    scores.add_argument("--min_margin", type=float, default=0.0, help="Scores must differ by more than this.")
+
+    add_generation_arguments(images)
+    add_generation_arguments(captions)
+    for command in (images, captions, scores):
+        command.add_argument("--max_rows", type=int, help="Use only the first rows.")
+        command.add_argument("--seed", type=int, default=0, help="Seed of the noise and of the order of the sides.")
+        command.add_argument("--output_dir", type=Path, required=True, help="Where the pairs are written.")
+    args = parser.parse_args(argv)
+
+    if args.command == "from-captions":
+        args.llm_model = args.llm_model or args.judge_model
+        args.rejected_model = args.rejected_model or args.model
+        if args.llm_model is None and not args.no_contexts:
+            captions.error("name a language model with --llm_model, or pass --no_contexts")
+        if args.judge_model is None and not args.no_judge:
+            captions.error("name a vision-language model with --judge_model, or pass --no_judge")
+        for name in ("chosen_template", "rejected_template", "caption_template"):
+            holes = set(re.findall(r"{(\w*)}", getattr(args, name)))
+            if not holes <= {"attribute", "context", "caption"}:
+                captions.error(f"--{name} {getattr(args, name)!r}: only {template_help}")
+    return args
+
+
+# ---- Generation -----------------------------------------------------------------------------------------------------
+def load_generator(model: str, dtype: str, device: str):
+    """Load any text-to-image pipeline of diffusers from `MODEL` or `MODEL,lora=PATH`."""
+    for library in (diffusers, transformers):
+        library.utils.logging.set_verbosity_error()
+        library.utils.logging.disable_progress_bar()
+    torch_dtype = DTYPES[dtype]
+    base, _, lora = model.partition(",lora=")
+    if base.endswith(".safetensors"):
+        pipeline = load_pipeline(base, dtype=torch_dtype)
+    else:
+        pipeline = diffusers.AutoPipelineForText2Image.from_pretrained(base, dtype=torch_dtype)
+    if lora:
+        weight_name = None
+        if (Path(lora) / "pytorch_lora_weights.safetensors").is_file():
+            weight_name = "pytorch_lora_weights.safetensors"  # the folder of a run may have kohya's file, too
+        pipeline.load_lora_weights(lora, weight_name=weight_name)
+    pipeline.set_progress_bar_config(disable=True)
+    pipeline.watermark = None  # SDXL's would change the pixels wherever its package is installed
+    return pipeline.to(device)
+
+
+def make_seeds(captions: list[str], seed: int) -> list[int]:
+    """Return a seed for each caption. A caption that comes again gets another seed."""
+    counts = Counter()
+    seeds = []
+    for caption in captions:
+        seeds.append(int(hash_content(seed, caption, counts[caption])[:8], 16))  # torch's CPU generator takes 32 bits
+        counts[caption] += 1
+    return seeds
+
+
+def generation_settings(args) -> dict:
+    settings = {"dtype": args.dtype, "device": args.device, "batch_size": args.batch_size}
+    settings.update(height=args.resolution, width=args.resolution)
+    settings.update(num_inference_steps=args.num_inference_steps, guidance_scale=args.guidance_scale)
+    if args.negative_prompt is not None:
+        settings["negative_prompt"] = args.negative_prompt  # not every pipeline takes one
+    return settings
+
+
+def generate_images(
+    model: str,
+    prompts: list[str],
+    seeds: list[int],
+    folder: Path,
+    *,
+    dtype: str,
+    device: str,
+    batch_size: int,
+    **options,
+) -> list[Path]:
+    """Generate an image for each prompt and return their files.
+
+    A file is named by a hash of the model's weights, the prompt, the seed and the settings. Files that are there and
+    whole aren't generated again.
+    """
+    pipeline = load_generator(model, dtype, device)
+    weights = hash_pipeline(pipeline)
+    folder.mkdir(parents=True, exist_ok=True)
+    paths = []
+    missing = []
+    for prompt, seed in zip(prompts, seeds):
+        path = folder / (hash_content(weights, dtype, options, prompt, seed) + ".png")
+        if not is_image(path):
+            missing.append(len(paths))
+        paths.append(path)
+
+    progress_bar = tqdm(total=len(missing), desc="Generating", unit="image", disable=not missing)
+    for start in range(0, len(missing), batch_size):
+        batch = missing[start : start + batch_size]
+        # Noise from the CPU's generator is the same on every device and in every batch.
+        generators = [torch.Generator("cpu").manual_seed(seeds[i]) for i in batch]
+        images = pipeline([prompts[i] for i in batch], generator=generators, **options).images
+        for i, image in zip(batch, images):
+            image.save(paths[i].with_suffix(".tmp"), "PNG")
+            os.replace(paths[i].with_suffix(".tmp"), paths[i])
+        progress_bar.update(len(batch))
+    return paths
+
+
+def is_image(path: Path) -> bool:
+    try:
+        load_image(path)
+    except (OSError, ValueError):
+        return False
+    return True
+
+
+# ---- A model's answers ----------------------------------------------------------------------------------------------
+def ask_all(log: JsonLines, keys: list[str], ask, description: str) -> list:
+    """Return `ask(i)` for the i-th key. An answer is logged at once and isn't asked for again, unless it is None."""
+    answers = {row["key"]: row["answer"] for row in log.rows}
+    missing = {key: i for i, key in enumerate(keys) if key not in answers}
+    lock = threading.Lock()
+
+    def ask_and_log(key: str) -> None:
+        answer = ask(missing[key])
+        with lock:
+            answers[key] = answer
+            if answer is not None:
+                log.add({"key": key, "answer": answer})
+
+    pool = ThreadPoolExecutor(REQUESTS_AT_A_TIME)
+    futures = [pool.submit(ask_and_log, key) for key in missing]
+    try:
+        for future in tqdm(as_completed(futures), total=len(futures), desc=description, disable=not futures):
+            future.result()
+    finally:
+        pool.shutdown(cancel_futures=True)  # waits for the requests under way, whose answers are logged
+    return [answers[key] for key in keys]
+
+
+def read_context(answer: str) -> str | None:
+    """Return the sentence between the tags, or None unless it is one sentence without a word about style."""
     found = re.findall(r"\[\[PROMPT\]\](.*?)\[\[/?PROMPT\]\]", answer, re.DOTALL | re.IGNORECASE)
     if len(found) != 1:
-        return None, f"{len(found)} sentences between tags"
+        return None
     context = " ".join(found[0].split())
-    if not WORDS[0] <= len(context.split()) <= WORDS[1]:
-        return None, f"{len(context.split())} words"
-    if re.search(r"[.!?]\s+\w", context):
-        return None, "more than one sentence"
-    words = set(re.findall(r"[\w']+", context.lower()))
-    if style := [word for word in style_words if word.lower() in words]:
-        return None, f"style word {style[0]}"
-    return context, ""
+    words = re.findall(r"[\w']+", context.lower())
+    several_sentences = re.search(r"[.!?]\s+\w", context)
+    if several_sentences or not 8 <= len(words) <= 45 or set(words) & set(STYLE_WORDS.split()):
+        return None
+    return context
 
 
-class LocalWriter:
-    """A causal language model of transformers. `ask` has Endpoint's signature."""
+def write_contexts(captions: list[str], writer: Judge, log: JsonLines) -> list[str | None]:
+    """Ask a language model what each caption shows. Return None where no answer was usable."""
 
-    workers = 1
-
-    def __init__(self, place: str, device: str) -> None:
-        from transformers import AutoModelForCausalLM, AutoTokenizer
-
-        dtype = torch.float32 if device == "cpu" else torch.bfloat16
-        try:
-            self.tokenizer = AutoTokenizer.from_pretrained(place)
-            self.model = AutoModelForCausalLM.from_pretrained(place, dtype=dtype).eval().to(device)
-        except (OSError, ValueError) as error:
-            fail(f"--llm_model {place}: {str(error).splitlines()[0]}")
-
-    def ask(self, text: str, images=(), temperature: float = 0.0, max_tokens: int = 160) -> Answer:
-        if self.tokenizer.chat_template:
-            text = self.tokenizer.apply_chat_template(
-                [{"role": "user", "content": text}], add_generation_prompt=True, tokenize=False
-            )
-        inputs = self.tokenizer(text, return_tensors="pt", add_special_tokens=not self.tokenizer.chat_template)
-        inputs = {name: inputs[name].to(self.model.device) for name in ("input_ids", "attention_mask")}
-        return generate_answer(self.model, self.tokenizer, inputs, temperature, max_tokens)
-
-
-def write_contexts(captions: list[str], args: argparse.Namespace, work: Path) -> dict[int, str]:
-    """Row of each caption -> its context; rows whose answers stayed malformed are left out and counted."""
-    if args.no_contexts:
-        return dict(enumerate(captions))
-    log = JsonLines(work / "contexts.jsonl")
-    done = {row["row"] for row in log.rows}
-    for row in log.rows:
-        if row["row"] < len(captions) and row["caption"] != captions[row["row"]]:
-            fail(f"--captions {args.captions}: row {row['row']} isn't what it was: name another --output_dir")
-    missing = [i for i in range(len(captions)) if i not in done]
-    style_words = STYLE_WORDS + args.style_words
-
-    def write(i: int) -> dict:
-        reasons = []
-        for attempt in range(args.llm_tries):
-            answer = writer.ask(
-                CONTEXT_TEXT.format(caption=captions[i]),
-                temperature=0.7 if attempt else 0.0,
-                max_tokens=args.llm_max_tokens,
-            )
-            context, reason = read_context(answer.text, style_words)
+    def write(i: int) -> str | None:
+        for _ in range(CONTEXT_TRIES):
+            context = read_context(writer.ask(CONTEXT_PROMPT.format(caption=captions[i])))
             if context is not None:
-                return {"row": i, "caption": captions[i], "context": context, "rejected": reasons}
-            reasons.append(reason)
-        return {"row": i, "caption": captions[i], "context": None, "rejected": reasons}
+                return context
+        return None
 
-    if missing:
-        if args.llm_endpoint:
-            writer = Endpoint(args.llm_endpoint, args.llm_model, args, "--llm_endpoint")
-        else:
-            writer = LocalWriter(args.llm_model, args.device)
-        with tqdm(total=len(captions), initial=len(done), desc="Writing contexts", unit="caption") as bar:
-            for row in do_all(write, missing, writer.workers):
-                log.add(row)
-                bar.update()
-        del writer, write
-        free_memory()
-    contexts = {row["row"]: row["context"] for row in log.rows if row["context"] and row["row"] < len(captions)}
-    if not contexts:
-        last = log.rows[-1]["rejected"][-1]
-        fail(f"--llm_model {args.llm_model}: no answer of {args.llm_tries} tries was well-formed (last: {last})")
-    if left_out := len(captions) - len(contexts):
-        warn(f"{left_out} of {len(captions)} captions got no well-formed context and are left out")
+    identity = [writer.api_base_url, writer.model, writer.fields, CONTEXT_PROMPT, STYLE_WORDS]
+    keys = [hash_content(*identity, caption) for caption in captions]
+    contexts = ask_all(log, keys, write, "Writing contexts")
+    if not any(contexts):
+        raise ValueError(
+            f"{writer.model} put no usable sentence between [[PROMPT]] tags in {CONTEXT_TRIES} tries for any caption. "
+            "Try another --llm_model."
+        )
     return contexts
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# The three uses: each gives pairs of `side`s, (chosen, rejected), and counts of what was left out
-# ---------------------------------------------------------------------------------------------------------------------
+def rate_images(paths: list[Path], captions: list[str], judge: Judge, log: JsonLines) -> list[float | None]:
+    """Ask the judge to rate each image. Return None where its answer has no rating."""
+
+    def rate(i: int) -> float | None:
+        rating = judge.rate(load_image(paths[i]), captions[i])
+        return None if math.isnan(rating) else rating
+
+    identity = [judge.api_base_url, judge.model, judge.fields, judge.criterion, RATE_PROMPT]
+    keys = [hash_content(*identity, path.read_bytes(), caption) for path, caption in zip(paths, captions)]
+    ratings = ask_all(log, keys, rate, "Rating")
+    if all(rating is None for rating in ratings):
+        raise ValueError(f"{judge.model} never answered with a line like `RATING: 7`. Try another --judge_model.")
+    return ratings
 
 
-def side(image, root: Path, **facts) -> dict:
-    """One image of a pair: file bytes or a path from `root`, and what is known of it."""
-    return {"image": image, "root": root, "score": None, "model": None, "seed": None, "prompt": None} | facts
-
-
-def pairs_from_images(args: argparse.Namespace, work: Path) -> tuple[list, dict]:
-    rows, root = load_rows(args.images, "--images")
-    if len(rows) == 0:
-        fail(f"--images {args.images}: no rows")
-    caption = find_column(rows, args.caption_column, CAPTION_COLUMNS, "--caption_column", f"--images {args.images}")
-    image = find_column(rows, args.image_column, IMAGE_COLUMNS, "--image_column", f"--images {args.images}")
-    count = min(len(rows), args.max_rows or len(rows))
-    captions = [rows[i][caption] for i in range(count)]
-    check_captions(captions, f"--images {args.images}")
-    # Read all before anything is generated: a broken file shows in minutes, not after hours.
-    for i in tqdm(range(count), desc="Reading images", unit="image"):
-        open_image(rows[i][image], root, f"--images {args.images}: row {i}")
-    begin(args, work)
-    log = JsonLines(work / "images.jsonl")
-    jobs = [
-        {"row": i, "prompt": captions[i], "noise_seed": noise_seed(i, args.seed), "path": f"losers/{i:06d}.png"}
-        for i in range(count)
-    ]
-    generate_images("losers", args.model, jobs, log, work, args)
-    model = json.dumps(args.model) if len(args.model) > 1 else args.model["base"]
-    pairs = [
-        (
-            captions[job["row"]],
-            side(rows[job["row"]][image], root, model="data"),
-            side(job["path"], work, model=model, seed=job["noise_seed"], prompt=job["prompt"]),
-        )
-        for job in jobs
-    ]
-    return pairs, {}
-
-
-def pairs_from_captions(args: argparse.Namespace, work: Path) -> tuple[list, dict]:
-    rows = load_prompts(args.captions, args.caption_column)[: args.max_rows]
-    captions = [row["prompt"] for row in rows]
-    begin(args, work)
-    contexts = write_contexts(captions, args, work)
-    log, sides = JsonLines(work / "images.jsonl"), {}
-    for kind, spec, template in (
-        ("winners", args.model, args.winner_template),
-        ("losers", args.loser_model, args.loser_template),
-    ):
-        jobs = [
-            {
-                "row": i,
-                "prompt": template.format(attribute=args.attribute, context=context, caption=captions[i]),
-                "noise_seed": noise_seed(i, args.seed),
-                "path": f"{kind}/{i:06d}.png",
-            }
-            for i, context in contexts.items()
-        ]
-        generate_images(kind, spec, jobs, log, work, args)
-        model = json.dumps(spec) if len(spec) > 1 else spec["base"]
-        sides[kind] = {
-            job["row"]: side(job["path"], work, model=model, seed=job["noise_seed"], prompt=job["prompt"])
-            for job in jobs
-        }
-    counts = {"captions without a context": len(captions) - len(contexts)}
+# ---- The three commands. Each returns pairs and counts what it left out. --------------------------------------------
+def pairs_from_images(args, left_out: Counter) -> list[Pair]:
+    work = args.output_dir / "work"
+    rows = read_images(args.images, work / "images", args.caption_column, args.image_column, args.max_rows)
+    captions = [caption for caption, _ in rows]
+    seeds = make_seeds(captions, args.seed)
+    generated = generate_images(args.model, captions, seeds, work / "generated", **generation_settings(args))
     pairs = []
-    for i, context in contexts.items():
-        text = args.caption_template.format(attribute=args.attribute, context=context, caption=captions[i])
-        pairs.append((text, sides["winners"][i], sides["losers"][i]))
+    for i, (caption, path) in enumerate(rows):
+        chosen = PairImage(path, model="data")
+        rejected = PairImage(generated[i], model=args.model, seed=seeds[i], prompt=caption)
+        pairs.append(Pair(caption, chosen, rejected))
+    return pairs
+
+
+def pairs_from_captions(args, left_out: Counter) -> list[Pair]:
+    captions = read_captions(args.captions, args.caption_column)[: args.max_rows]
+    work = args.output_dir / "work"
+    contexts = captions
+    if not args.no_contexts:
+        fields = {"temperature": 0.7, "logprobs": None, "top_logprobs": None} | args.api_fields
+        writer = Judge(args.api_base_url, args.llm_model, fields=fields)
+        contexts = write_contexts(captions, writer, JsonLines(work / "contexts.jsonl"))
+    texts = []
+    chosen_prompts = []
+    rejected_prompts = []
+    for caption, context in zip(captions, contexts):
+        if context is None:
+            left_out["captions without a usable context"] += 1
+            continue
+        values = {"attribute": args.attribute, "context": context, "caption": caption}
+        texts.append(args.caption_template.format(**values))
+        chosen_prompts.append(args.chosen_template.format(**values))
+        rejected_prompts.append(args.rejected_template.format(**values))
+
+    seeds = make_seeds(texts, args.seed)  # both images of a pair start from the same noise
+    settings = generation_settings(args)
+    chosen_paths = generate_images(args.model, chosen_prompts, seeds, work / "generated", **settings)
+    rejected_paths = generate_images(args.rejected_model, rejected_prompts, seeds, work / "generated", **settings)
+    ratings = [None] * (2 * len(texts))
     if not args.no_judge:
-        judge_sides(
-            [s for _, *both in pairs for s in both], [text for text, *_ in pairs for _ in range(2)], args, work
-        )
-        pairs, filtered = keep_judged(pairs, args)
-        counts |= filtered
-    return pairs, counts
+        judge = Judge(args.api_base_url, args.judge_model, criterion=args.judge_criterion, fields=args.api_fields)
+        ratings = rate_images(chosen_paths + rejected_paths, texts + texts, judge, JsonLines(work / "ratings.jsonl"))
 
-
-def judge_sides(sides: list[dict], captions: list[str], args: argparse.Namespace, work: Path) -> None:
-    """Fills in the scores; each rating is on disk once it is given, None where the judge gave none."""
-    how = f"{args.judge_model} | {args.judge_criterion}"
-    log = JsonLines(work / "judgements.jsonl")
-    done = {row["path"]: row["score"] for row in log.rows if row["how"] == how}
-    missing = [(s, caption) for s, caption in zip(sides, captions) if s["image"] not in done]
-    if missing:
-        judge: Judge = load_metric("judge", args)
-
-        def rate(item: tuple) -> dict:
-            path = item[0]["image"]
-            score = judge.rate(open_image(path, work, path), item[1])
-            return {"path": path, "score": score if np.isfinite(score) else None, "how": how}
-
-        with tqdm(total=len(sides), initial=len(done), desc="Judging", unit="image") as bar:
-            for row in do_all(rate, missing, judge.model.workers):
-                log.add(row)
-                done[row["path"]] = row["score"]
-                bar.update()
-        del judge, rate
-        free_memory()
-    for s in sides:
-        s["score"] = done[s["image"]]
-    if all(s["score"] is None for s in sides):
-        fail(
-            f"--judge_model {args.judge_model}: none of its answers had the form RATING: 7 within --judge_max_tokens "
-            f"{args.judge_max_tokens}; delete {log.path} to retry"
-        )
-
-
-def keep_judged(pairs: list, args: argparse.Namespace) -> tuple[list, dict]:
-    kept, counts = [], {"without a rating": 0, f"winner scored {args.min_score:g} or less": 0, "margin too small": 0}
-    for text, chosen, rejected in pairs:
-        if chosen["score"] is None or rejected["score"] is None:
-            counts["without a rating"] += 1
-        elif chosen["score"] <= args.min_score:
-            counts[f"winner scored {args.min_score:g} or less"] += 1
-        elif args.min_margin is not None and chosen["score"] - rejected["score"] <= args.min_margin:
-            counts["margin too small"] += 1
+    pairs = []
+    for i, text in enumerate(texts):
+        chosen = PairImage(chosen_paths[i], ratings[i], args.model, seeds[i], chosen_prompts[i])
+        rejected_rating = ratings[len(texts) + i]
+        rejected = PairImage(rejected_paths[i], rejected_rating, args.rejected_model, seeds[i], rejected_prompts[i])
+        if args.no_judge:
+            pairs.append(Pair(text, chosen, rejected))
+        elif chosen.score is None or rejected.score is None:
+            left_out["pairs without a rating"] += 1
+        elif chosen.score <= args.min_score:
+            left_out["pairs with a poor chosen image"] += 1
+        elif args.min_margin is not None and chosen.score - rejected.score <= args.min_margin:
+            left_out["pairs with too small a margin"] += 1
         else:
-            kept.append((text, chosen, rejected))
-    return kept, counts
+            pairs.append(Pair(text, chosen, rejected))
+    return pairs
 
 
-def pairs_from_scores(args: argparse.Namespace, work: Path) -> tuple[list, dict]:
+def pairs_from_scores(args, left_out: Counter) -> list[Pair]:
     path = args.scores or args.images / "scores.jsonl"
     if not path.exists():
-        fail(f"--scores {path} isn't there: run evaluation/score.py first")
+        raise FileNotFoundError(f"{path} doesn't exist. Run evaluation/score.py first.")
     rows = JsonLines(path).rows
-    if missing := next(
-        (name for row in rows for name in ("metric", "prompt", "path", "score") if name not in row), None
-    ):
-        fail(f"--scores {path}: a row without {missing}: it must come from evaluation/score.py, on images in files")
-    if args.metric not in {row["metric"] for row in rows}:
-        fail(f"--metric {args.metric}: {path} has only {', '.join(sorted({row['metric'] for row in rows}))}")
+    metrics = sorted({row["metric"] for row in rows})
+    if args.metric not in metrics:
+        raise ValueError(f"--metric {args.metric}: {path} has only {', '.join(metrics)}.")
     groups = {}
     for row in rows:
         if row["metric"] == args.metric and row["score"] is not None:
-            groups.setdefault(row["prompt"], []).append(row)
-    check_captions(list(groups), f"--scores {path}")
-    begin(args, work)
-    pairs, counts = [], {"captions with one image": 0, "captions without a pair beyond the margin": 0}
-    for prompt, group in itertools.islice(groups.items(), args.max_rows):
-        group.sort(key=lambda row: -row["score"])
-        couples = itertools.combinations(group, 2) if args.mode == "all" else [(group[0], group[-1])]
-        found = [(a, b) for a, b in couples if a["score"] - b["score"] > args.min_margin]
-        counts["captions with one image"] += len(group) == 1
-        counts["captions without a pair beyond the margin"] += len(group) > 1 and not found
-        for couple in found:
-            facts = (
-                {"score": row["score"], "model": row.get("model"), "seed": row.get("seed"), "prompt": prompt}
-                for row in couple
-            )
-            pairs.append((prompt, *(side(row["path"], args.images, **f) for row, f in zip(couple, facts))))
-    return pairs, counts
+            file = args.images / row["path"]
+            if hash_content(file.read_bytes()) != row["image"]:
+                raise ValueError(f"{file} isn't the image that was scored. Run evaluation/score.py again.")
+            image = PairImage(file, row["score"], row["model"], row["seed"], row["prompt"])
+            groups.setdefault(row["prompt"], []).append(image)
+    check_captions(list(groups), str(path))
+
+    pairs = []
+    for prompt, images in itertools.islice(groups.items(), args.max_rows):
+        images.sort(key=lambda image: image.score, reverse=True)
+        candidates = [(images[0], images[-1])]
+        if args.mode == "all":
+            candidates = itertools.combinations(images, 2)
+        count = len(pairs)
+        for better, worse in candidates:
+            if better.score - worse.score > args.min_margin:
+                pairs.append(Pair(prompt, better, worse))
+        if len(pairs) == count:
+            left_out["prompts without two images that differ enough"] += 1
+    return pairs
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Output
-# ---------------------------------------------------------------------------------------------------------------------
-
-
-def write_parquet(pairs: list, winner_first: np.ndarray, path: Path) -> None:
-    """Pick-a-Pic's columns and, for both sides, score, model, seed and prompt; read by the training scripts."""
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
+# ---- Output ---------------------------------------------------------------------------------------------------------
+def write_parquet(pairs: list[Pair], chosen_first: list[bool], path: Path) -> None:
+    """Write Pick-a-Pic's columns, and score, model, seed and prompt of both images."""
     fields = [("caption", pa.string()), ("jpg_0", pa.binary()), ("jpg_1", pa.binary())]
     fields += [("label_0", pa.float64()), ("label_1", pa.float64()), ("has_label", pa.bool_())]
-    for name, kind in (("score", pa.float64()), ("model", pa.string()), ("seed", pa.int64()), ("prompt", pa.string())):
-        fields += [(f"{name}_0", kind), (f"{name}_1", kind)]
+    for side in (0, 1):
+        fields += [(f"score_{side}", pa.float64()), (f"model_{side}", pa.string())]
+        fields += [(f"seed_{side}", pa.int64()), (f"prompt_{side}", pa.string())]
     schema = pa.schema(fields)
-    with whole_file(path) as aside, pq.ParquetWriter(aside, schema) as writer:
-        for start in tqdm(range(0, len(pairs), 64), desc="Writing pairs", unit="x 64"):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with pq.ParquetWriter(path.with_suffix(".tmp"), schema) as writer:
+        for start in range(0, len(pairs), 64):
             rows = []
-            for first, (caption, *sides) in zip(winner_first[start:], pairs[start : start + 64]):
-                row = {"caption": caption, "label_0": float(first), "label_1": float(not first), "has_label": True}
-                for i, s in enumerate(sides if first else sides[::-1]):
-                    row[f"jpg_{i}"] = file_bytes(s["image"], s["root"])
-                    row |= {f"{name}_{i}": s[name] for name in ("score", "model", "seed", "prompt")}
+            for pair, first in zip(pairs[start : start + 64], chosen_first[start : start + 64]):
+                images = [pair.chosen, pair.rejected] if first else [pair.rejected, pair.chosen]
+                row = {"caption": pair.caption, "label_0": float(first), "label_1": float(not first)}
+                row["has_label"] = True
+                for side, image in enumerate(images):
+                    row[f"jpg_{side}"] = image.path.read_bytes()
+                    row[f"score_{side}"] = image.score
+                    row[f"model_{side}"] = image.model
+                    row[f"seed_{side}"] = image.seed
+                    row[f"prompt_{side}"] = image.prompt
                 rows.append(row)
             writer.write_table(pa.Table.from_pylist(rows, schema))
+    os.replace(path.with_suffix(".tmp"), path)
 
 
-def make_contact_sheet(pairs: list, side_length: int = 160) -> Image.Image:
-    """At most 24 pairs spread over the data, chosen on the left, rejected on the right."""
-    picked = [pairs[i] for i in np.unique(np.linspace(0, len(pairs) - 1, min(24, len(pairs))).astype(int))]
-    columns, head = min(4, len(picked)), 40
-    width, height = 2 * side_length + 20, side_length + head + 12
-    sheet = Image.new("RGB", (columns * width, -(-len(picked) // columns) * height), "white")
+def make_contact_sheet(pairs: list[Pair], side_length: int = 160) -> Image.Image:
+    """Draw up to 24 pairs, spread over the data, with the chosen image on the left."""
+    count = min(24, len(pairs))
+    columns = min(4, count)
+    width = 2 * side_length + 20
+    height = side_length + 52
+    sheet = Image.new("RGB", (columns * width, math.ceil(count / columns) * height), "white")
     pen = ImageDraw.Draw(sheet)
-    for n, (caption, *sides) in enumerate(picked):
-        x, y = n % columns * width + 8, n // columns * height
+    font = ImageFont.truetype(FONT, 12)
+    known_characters = FT2Font(FONT).get_charmap()
+    for number in range(count):
+        pair = pairs[number * len(pairs) // count]
+        x = number % columns * width + 8
+        y = number // columns * height
+        caption = "".join(character for character in pair.caption if ord(character) in known_characters)
         lines = textwrap.wrap(caption, 2 * side_length // 7)[:2]
-        pen.multiline_text((x, y + 6), "\n".join(lines), "black", ImageFont.load_default(12))
-        for i, s in enumerate(sides):
-            image = open_image(s["image"], s["root"], "contact sheet")
-            image = ImageOps.contain(image, (side_length, side_length), Image.Resampling.LANCZOS)
-            sheet.paste(image, (x + i * (side_length + 4), y + head))
-            if s["score"] is not None:
-                # readable on any image
-                place, text = (x + i * (side_length + 4) + 3, y + head), f"{s['score']:.3g}"
-                pen.text(place, text, "white", ImageFont.load_default(14), stroke_width=2, stroke_fill="black")
+        pen.multiline_text((x, y + 6), "\n".join(lines), "black", font)
+        for image, left in ((pair.chosen, x), (pair.rejected, x + side_length + 4)):
+            small = ImageOps.contain(load_image(image.path), (side_length, side_length), Image.Resampling.LANCZOS)
+            sheet.paste(small, (left, y + 40))
+            if image.score is not None:
+                score = f"{image.score:.3g}"
+                pen.text((left + 3, y + 40), score, "white", font, stroke_width=2, stroke_fill="black")
     return sheet
 
 
-def describe_pairs(pairs: list, winner_first: np.ndarray, counts: dict) -> dict:
-    scores = np.array([[s["score"] for s in sides] for _, *sides in pairs if sides[0]["score"] is not None], float)
-    statistics = {
-        "pairs": len(pairs),
-        "captions": len({caption for caption, *_ in pairs}),
-        "winner is jpg_0": round(float(winner_first.mean()), 4),
-        **{f"left out: {reason}": count for reason, count in counts.items()},
-    }
-    if len(scores):
-        statistics |= {"mean score of winners": float(scores[:, 0].mean())}
-        if not np.isnan(scores[:, 1]).any():
-            statistics |= {"mean score of losers": float(scores[:, 1].mean())}
-    for i, kind in enumerate(("winners", "losers")):
-        if models := sorted({sides[i]["model"] for _, *sides in pairs if sides[i]["model"]}):
-            statistics[f"models of {kind}"] = ", ".join(models)
-    return statistics
-
-
-def write_card(statistics: dict, command: str, settings: dict, path: Path) -> None:
-    table = "\n".join(f"| {name} | {value} |" for name, value in statistics.items())
-    settings = "\n".join(f"| `{name}` | `{value}` |" for name, value in sorted(settings.items()))
-    text = f"""---
-task_categories:
-- text-to-image
----
-# Preference pairs
-
-Made by `{command}`. `label_0` is 1 where `jpg_0` is chosen.
-
-![chosen on the left, rejected on the right](contact_sheet.png)
-
-| | |
-|---|---|
-{table}
-
-| setting | value |
-|---|---|
-{settings}
-"""
-    with whole_file(path) as aside:
-        aside.write_text(text, encoding="utf-8")
-
-
-def write_pairs(pairs: list, counts: dict, command: str, settings: dict, output_dir: Path, seed: int) -> None:
-    """The folder that the training scripts read; what `counts` says was left out stands in its README.md."""
-    left_out = ", ".join(f"{count} {reason}" for reason, count in counts.items() if count)
+def write_pairs(pairs: list[Pair], left_out: Counter, output_dir: Path, seed: int, card: dict) -> None:
+    """Write the folder that the training scripts read. Its README.md holds the counts and what `card` says."""
+    reasons = ", ".join(f"{reason} ({count})" for reason, count in left_out.items())
     if not pairs:
-        fail(f"no pair is left ({left_out}): loosen the filters; all that came before stays")
-    winner_first = np.random.default_rng(seed).random(len(pairs)) < 0.5
-    write_parquet(pairs, winner_first, output_dir / PARQUET)
-    with whole_file(output_dir / "contact_sheet.png") as aside:
-        make_contact_sheet(pairs).save(aside, "PNG")
-    statistics = describe_pairs(pairs, winner_first, counts)
-    write_json(output_dir / "statistics.json", statistics)
-    write_card(statistics, command, settings, output_dir / "README.md")
-    print(f"{len(pairs)} pairs in {output_dir}" + (f"; left out: {left_out}" if left_out else ""))
+        raise ValueError(f"No pair is left. Left out: {reasons}. What has been generated and rated is kept.")
+    chosen_first = (np.random.default_rng(seed).random(len(pairs)) < 0.5).tolist()
+    write_parquet(pairs, chosen_first, output_dir / PARQUET)
+    make_contact_sheet(pairs).save(output_dir / "contact_sheet.png")
+    counts = {"pairs": len(pairs), "prompts": len({pair.caption for pair in pairs}), "left out": reasons or "nothing"}
+    for name in ("chosen", "rejected"):
+        scores = [getattr(pair, name).score for pair in pairs]
+        if None not in scores:
+            counts[f"mean score of the {name} images"] = f"{np.mean(scores):.4g}"
+    lines = ["---", "task_categories:", "- text-to-image", "---", "# Preference pairs", ""]
+    lines += ["`label_0` is 1 where `jpg_0` is the chosen image.", "", "![pairs](contact_sheet.png)", "", "| | |"]
+    lines += ["|---|---|"] + [f"| {name} | {value} |" for name, value in (counts | card).items()]
+    (output_dir / "README.md").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    print(f"{len(pairs)} pairs in {output_dir}. Left out: {reasons or 'nothing'}.")
 
 
-def main(args: argparse.Namespace) -> None:
-    work = args.output_dir / "work"
-    if args.use != "from-scores":
-        quiet_libraries()
-    build = {
-        "from-images": pairs_from_images,
-        "from-captions": pairs_from_captions,
-        "from-scores": pairs_from_scores,
-    }
-    pairs, counts = build[args.use](args, work)
-    command = f"pairs/build_preference_pairs.py {args.use}"
-    write_pairs(pairs, counts, command, settings_of(args), args.output_dir, args.seed)
+def main(args):
+    left_out = Counter()
+    if args.command == "from-images":
+        pairs = pairs_from_images(args, left_out)
+    elif args.command == "from-captions":
+        pairs = pairs_from_captions(args, left_out)
+    else:
+        pairs = pairs_from_scores(args, left_out)
+    settings = {name: value for name, value in vars(args).items() if value is not None}
+    write_pairs(pairs, left_out, args.output_dir, args.seed, settings)
 
 
 if __name__ == "__main__":
-    run_script(main, parse_args())
+    main(parse_args())

@@ -1,4 +1,4 @@
-"""count_ddp.py FLAGS: runs train_diffusion_mapo_sdxl.py; at its end, each process says what is left of DDP."""
+"""Run train_diffusion_mapo_sdxl.py with the given flags. At the end, each process prints how many DDP models are left."""
 
 import gc
 import sys
@@ -11,13 +11,14 @@ from torch.nn.parallel import DistributedDataParallel
 end_training = Accelerator.end_training
 
 
-def count(accelerator: Accelerator) -> None:
+def count_and_end_training(accelerator: Accelerator) -> None:
     gc.collect()
-    print("DDP:", sum(isinstance(thing, DistributedDataParallel) for thing in gc.get_objects()), flush=True)
+    count = sum(isinstance(thing, DistributedDataParallel) for thing in gc.get_objects())
+    print(f"DDP: {count}", flush=True)
     end_training(accelerator)
 
 
-Accelerator.end_training = count
+Accelerator.end_training = count_and_end_training
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import train_diffusion_mapo_sdxl as script  # noqa: E402

@@ -1,12 +1,10 @@
-"""The acceptance run for a GPU, as far as a CPU can show it: its lines are ones that the scripts take, and it passes
-and fails them rightly."""
+"""The acceptance run for a GPU, as far as a CPU can show it: what its checks run, and what they pass and fail."""
 
+import importlib
 import json
-import re
 import sys
 import time
 from pathlib import Path
-from unittest import mock
 
 import pytest
 import torch
@@ -15,124 +13,83 @@ from safetensors.torch import load_file, save_file
 
 
 sys.path.insert(0, str(REPO / "benchmarks"))
+import gpu_acceptance as acceptance  # noqa: E402
 
 
-@pytest.fixture(scope="module")
-def acceptance():
-    import gpu_acceptance
-
-    return gpu_acceptance
-
-
-def run(acceptance, folder: Path, *flags: str) -> list[dict]:
-    args = acceptance.parse_args(["--dry_run", f"--output_dir={folder / 'out'}", f"--work_dir={folder}", *flags])
-    with pytest.raises(SystemExit) as ended, mock.patch("signal.signal"):
-        acceptance.main(args)
-    lines = json.loads((folder / "out" / "acceptance.json").read_text())["lines"]
-    assert bool(ended.value.code) == any(line["status"].startswith("FAIL") for line in lines)
-    return lines
-
-
-def test_every_line_is_one_that_its_script_takes(acceptance, tmp_path):
-    import importlib
-
-    import memory
-
+@pytest.mark.parametrize("check", acceptance.CHECKS, ids=lambda check: check.name)
+def test_each_check_has_flags_of_its_script_and_a_row_of_the_counted_table(check, tmp_path):
     (tmp_path / "photos").mkdir()
-    args = mock.Mock(model="m", work_dir=tmp_path, resolution=1024, seed=0)
-    for line in acceptance.list_lines():
-        if line["kind"] == "step_cost":
-            continue
-        assert line.get("memory", "LoRA, 4 pairs") in memory.ROWS
-        command = acceptance.make_command(line, tmp_path / "out", args)
-        script = next(part for part in command if part.endswith(line["script"]))
-        with mock.patch("importlib.util.find_spec", lambda name: name):  # a test needs no xformers
-            importlib.import_module(Path(script).stem).parse_args(command[command.index(script) + 1 :])
+    command = acceptance.make_command(check, acceptance.DEMO, tmp_path, False, tmp_path / "out")
+    script = importlib.import_module(check.script.removesuffix(".py"))
+    args = script.parse_args(command[command.index(str(REPO / check.script)) + 1 :])
+    assert args.max_train_steps == check.steps
+    assert check.counted is None or check.counted in json.loads(acceptance.COUNTED.read_text())
 
 
-def test_a_line_with_a_count_is_the_counted_run(acceptance):
-    import memory
+def test_a_run_is_killed_and_resumed_and_a_single_bit_that_differs_is_found(small_model, tmp_path, hub_cache):
+    acceptance.write_data(tmp_path, 64)
+    check = next(check for check in acceptance.CHECKS if check.name == "LoRA, resumed")
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    figures = acceptance.run_check(check, small_model, tmp_path, True, folder, time.time() + 500)
+    assert figures["per_second"] > 0
 
-    for line in acceptance.list_lines():
-        if "memory" in line:
-            counted = {flag for flag in memory.ROWS[line["memory"]] if flag != memory.DDP}
-            assert counted <= set(line["flags"]), line["name"]
-
-
-def test_the_rows_of_the_step_are_rows_of_step_cost(acceptance):
-    import step_cost
-
-    with mock.patch.object(Path, "glob", lambda self, pattern: iter([self])):  # as if there were a GPU
-        args = step_cost.parse_args(["--cases=sdxl-1024", "--exactly", *acceptance.STEP_ROWS])
-    assert [row["name"] for row in args.rows] == list(acceptance.STEP_ROWS)
-
-
-def test_a_dry_run_goes_on_where_the_last_one_ended(acceptance, tmp_path):
-    first = run(acceptance, tmp_path, "--only", "LoRA, bf16, 4 pairs", "LoRA, fp16")
-    assert [line["status"] for line in first] == ["pass", "not run: needs a GPU"]
-    assert first[0]["pairs_per_second"] > 0
-    second = run(acceptance, tmp_path, "--budget_s=1")
-    assert second[0] == first[0]
-    assert {line["status"] for line in second[1:]} == {"not run: needs a GPU", "not run: the time was used up"}
-    table = (tmp_path / "out" / "acceptance.md").read_text()
-    assert "1 pass, 0 FAIL, 16 not run" in table and "| LoRA, bf16, 4 pairs, with images | pass |" in table
-
-
-def test_a_run_that_fails_fails_its_line_in_the_scripts_own_words(acceptance, tmp_path):
-    broken = acceptance.line("broken", "--rank=4")
-    with mock.patch.object(acceptance, "list_lines", lambda: [broken]):
-        (line,) = run(acceptance, tmp_path)
-    assert line["status"].startswith("FAIL: ended with 2: ") and "--rank needs --use_lora too" in line["status"]
-    assert "--rank needs" in (tmp_path / "out" / "0-out.log").read_text()
-
-
-@pytest.mark.parametrize(
-    "records, weight, message",
-    [
-        ([{"step": 1, "loss": 1.0}], 1.0, "1 of 2 steps"),
-        ([{"step": 1, "loss": 1.0}, {"step": 2, "loss": None, "skipped": 0}], 1.0, "isn't finite"),
-        ([{"step": 1, "loss": None, "skipped": 1}, {"step": 2, "loss": None, "skipped": 1}], 1.0, "no step"),
-        ([{"step": 1, "loss": 1.0}, {"step": 2, "loss": 1.0}], float("nan"), "weights that aren't finite"),
-        ([{"step": 1, "loss": 1.0}, {"step": 2, "loss": 1.0, "peak_memory_gb": 13.0}], 1.0, "13.0 GB, counted 11.0"),
-        ([{"step": 1, "loss": 1.0}, {"step": 2, "loss": 1.0, "peak_memory_gb": 11.5}], 1.0, None),
-    ],
-)  # fmt: skip
-def test_what_a_run_must_leave_behind(acceptance, tmp_path, records, weight, message):
-    line = acceptance.line("x", acceptance.LORA, acceptance.NO_IMAGES, steps=2, memory="LoRA, 4 pairs")
-    counted = {"encoding": {"images": 3.0}, "rows": {"LoRA, 4 pairs": {"training": 11.0}}}
-    args = mock.Mock(device="cuda", counted=counted)
-    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
-    save_file({"a": torch.tensor([weight])}, tmp_path / "pytorch_lora_weights.safetensors")
-    if message is None:
-        assert acceptance.check_run(line, tmp_path, args)["peak_gb"] == 11.5
-    else:
-        with pytest.raises(acceptance.Failure, match=message):
-            acceptance.check_run(line, tmp_path, args)
-
-
-def test_a_resumed_run_must_end_with_the_same_bits(acceptance, tmp_path):
-    line = acceptance.line("x", acceptance.LORA, acceptance.ONE, acceptance.NO_IMAGES, kind="resume")
-    args = acceptance.parse_args(["--dry_run", f"--output_dir={tmp_path / 'out'}", f"--work_dir={tmp_path}"])
-    acceptance.prepare(args)
-    assert acceptance.do_resume(line, tmp_path, args, time.time() + 500)["pairs_per_second"] > 0
-    assert re.search("Resumed from .*checkpoint-2", (tmp_path / "broken.log").read_text())
-
-    path = tmp_path / "broken" / "pytorch_lora_weights.safetensors"
-    tensors = load_file(path)
+    file = folder / "broken" / "pytorch_lora_weights.safetensors"
+    tensors = load_file(file)
     tensors[sorted(tensors)[0]].view(torch.int32).flatten()[0] ^= 1
-    save_file(tensors, path)
-    with mock.patch.object(acceptance, "Run"), pytest.raises(acceptance.Failure, match=r"^1 of \d+ tensors differ"):
-        acceptance.do_resume(line, tmp_path, args, 0)
+    save_file(tensors, file)
+    with pytest.raises(acceptance.CheckFailed, match=r"^1 of \d+ tensors differ"):
+        acceptance.compare_weights(folder / "whole", folder / "broken")
 
 
 @pytest.mark.parametrize(
-    "flags, message",
+    "losses, grad_norms, weight, peak_gb, message",
     [
-        (["--dry_run", "--budget_s=0"], "--budget_s 0: must be positive"),
-        (["--dry_run", "--only=nonsense"], "--only nonsense: no such line"),
+        ([1.0], [1.0], 1.0, 5.0, "1 steps, not 2"),
+        ([1.0, None], [1.0, 1.0], 1.0, 5.0, "aren't finite"),
+        ([1.0, 1.0], [None, None], 1.0, 5.0, "aren't finite"),
+        ([1.0, 1.0], [1.0, 1.0], float("nan"), 5.0, "saved weights"),
+        ([1.0, 1.0], [1.0, 1.0], 1.0, 40.0, "40.0 GB were allocated"),
+        ([1.0, 1.0], [None, 1.0], 1.0, 5.0, None),  # fp16's scaler skips the first steps
     ],
 )
-def test_a_bad_flag_ends_in_one_line(acceptance, flags, message, capsys):
+def test_what_a_run_must_leave_behind(losses, grad_norms, weight, peak_gb, message, tmp_path):
+    check = acceptance.Check("x", acceptance.PAIRS, acceptance.NONE, steps=2, counted="LoRA, 4 pairs")
+    out = tmp_path / "out"
+    out.mkdir()
+    records = []
+    for loss, grad_norm in zip(losses, grad_norms):
+        records.append(json.dumps({"step": 1, "loss": loss, "grad_norm": grad_norm, "pairs_per_second": 2.0}))
+    (out / "metrics.jsonl").write_text("\n".join(records) + "\n")
+    save_file({"a": torch.tensor([weight])}, out / "pytorch_lora_weights.safetensors")
+    Path(f"{out}.peak").write_text(str(peak_gb))
+    if message is None:
+        assert acceptance.verify(check, out)["peak_gb"] == peak_gb
+    else:
+        with pytest.raises(acceptance.CheckFailed, match=message):
+            acceptance.verify(check, out)
+
+
+def test_a_run_ends_at_the_deadline(tmp_path):
+    command = [sys.executable, "-c", "import time; time.sleep(100)"]
+    began = time.time()
+    with pytest.raises(TimeoutError):
+        acceptance.run(command, tmp_path / "out", began + 1)
+    assert time.time() - began < 20
+
+
+def test_a_failure_is_told_in_the_scripts_own_words_and_is_not_run_again(tmp_path, monkeypatch, capsys):
+    broken = acceptance.Check("broken", acceptance.PAIRS, ["--beta_mapo=-1"])
+    monkeypatch.setattr(acceptance, "CHECKS", [broken])
+    flags = ["gpu_acceptance.py", "--dry_run", f"--output_dir={tmp_path / 'out'}", f"--work_dir={tmp_path / 'work'}"]
+    monkeypatch.setattr(sys, "argv", flags)
+    with pytest.raises(SystemExit) as ended:
+        acceptance.main()
+    assert ended.value.code == 1
+    first = (tmp_path / "out" / "acceptance.jsonl").read_text()
+    assert json.loads(first)["result"].startswith("FAIL: ended with 2: ") and "--beta_mapo -1" in first
+
     with pytest.raises(SystemExit):
-        acceptance.parse_args(flags)
-    assert message in capsys.readouterr().err.splitlines()[-1]
+        acceptance.main()
+    assert (tmp_path / "out" / "acceptance.jsonl").read_text() == first
+    assert "| broken | FAIL: ended with 2:" in capsys.readouterr().out

@@ -1,640 +1,421 @@
-"""pairs/build_preference_pairs.py on the demo's model, with a chat server on loopback that speaks the protocol."""
+"""pairs/build_preference_pairs.py on the demo's model, with a local server that speaks OpenAI's chat completions."""
 
 import base64
 import io
 import json
 import math
-import os
-import re
-import signal
+import shutil
 import threading
-import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
-import small_model
-import torch
-from conftest import REPO, rows_of, start
-from evaluation import compare, generate, score
-from pairs import build_preference_pairs as pairs
+from evaluation.common import hash_content
+from pairs import build_preference_pairs
+from pairs.files import read_captions, read_images
+from pairs.judge import Judge
 from PIL import Image
+from PIL.PngImagePlugin import PngInfo
+from safetensors.torch import load_file, save_file
+from train_diffusion_mapo_sdxl import load_image, load_pairs
 
 
 pytestmark = pytest.mark.usefixtures("one_thread")
-MODEL = str(small_model.MODEL)
-GENERATE = ("--resolution=64", "--num_inference_steps=2", "--guidance_scale=3", "--device=cpu")
-KEY = "sk-a-secret-of-the-user"
+DEMO = Path(__file__).resolve().parents[1] / "demo"
+MODEL = DEMO / "sdxl-tiny-emoji"
+GENERATE = ["--resolution=64", "--num_inference_steps=2", "--guidance_scale=2", "--device=cpu"]
 CONTEXT = "A small {} stands on a wooden table beside an open window while the morning sun falls on the floor."
 
 
 def build(*flags) -> None:
-    pairs.main(pairs.parse_args([str(flag) for flag in flags]))
+    build_preference_pairs.main(build_preference_pairs.parse_args([str(flag) for flag in flags]))
 
 
-def read_pairs(folder: Path) -> list[dict]:
-    """As the training script finds them: with the folder's name alone."""
-    import datasets
+def read_rows(out: Path) -> list[dict]:
+    """Return the rows with the columns of the chosen and the rejected image under those names."""
+    rows = []
+    for row in pq.read_table(out / build_preference_pairs.PARQUET).to_pylist():
+        chosen = 0 if row["label_0"] == 1 else 1
+        assert row["label_0"] + row["label_1"] == 1 and row["has_label"]
+        renamed = {"caption": row["caption"]}
+        for name, side in (("chosen", chosen), ("rejected", 1 - chosen)):
+            for column in ("jpg", "score", "model", "seed", "prompt"):
+                renamed[f"{name}_{column}"] = row[f"{column}_{side}"]
+        rows.append(renamed)
+    return rows
 
-    return datasets.load_dataset(str(folder), split="train").to_list()
+
+def modification_times(folder: Path) -> dict:
+    return {path.name: path.stat().st_mtime_ns for path in folder.iterdir()}
+
+
+# ---- From images ----------------------------------------------------------------------------------------------------
+COMFYUI = {
+    "3": {"class_type": "KSampler", "inputs": {"model": ["4", 0], "positive": ["10", 0], "negative": ["10", 1]}},
+    "4": {"class_type": "CheckpointLoaderSimple", "inputs": {"ckpt_name": "sdxl.safetensors"}},
+    "6": {"class_type": "CLIPTextEncode", "inputs": {"text": ["12", 0], "clip": ["4", 1]}},
+    "7": {"class_type": "CLIPTextEncode", "inputs": {"text": "blurry", "clip": ["4", 1]}},
+    "10": {"class_type": "ControlNetApplyAdvanced", "inputs": {"negative": ["7", 0], "positive": ["6", 0]}},
+    "12": {"class_type": "PrimitiveString", "inputs": {"value": "yellow duck"}},
+}
+A1111 = "blue car, <lora:style:0.8>\nNegative prompt: blurry\nSteps: 20, Sampler: Euler a, CFG scale: 5"
 
 
 @pytest.fixture
 def images(tmp_path) -> Path:
-    """Six of the chosen drawings with their captions, as NAME.png and NAME.txt."""
+    """A folder as people have it: captions in four places, and files that aren't images with a caption."""
     folder = tmp_path / "images"
-    folder.mkdir()
-    for i, row in enumerate(pq.read_table(REPO / "demo" / "pairs" / "train.parquet").slice(0, 6).to_pylist()):
-        (folder / f"{i}.png").write_bytes(row["jpg_0"] if row["label_0"] == 1 else row["jpg_1"])
-        (folder / f"{i}.txt").write_text(row["caption"] + "\n")
+    (folder / "more").mkdir(parents=True)
+    (folder / ".ipynb_checkpoints").mkdir()
+    drawings = []
+    for row in pq.read_table(DEMO / "pairs" / "train.parquet").slice(0, 4).to_pylist():
+        drawings.append(Image.open(io.BytesIO(row["jpg_0"])).convert("RGB"))
+    drawings[0].save(folder / "a.png")
+    (folder / "a.txt").write_text("red apple\n")
+    drawings[1].save(folder / "more" / "b.JPG")
+    (folder / "more" / "b.caption").write_text("rocket")
+    for name, drawing, key, text in (("c", 2, "parameters", A1111), ("d", 3, "prompt", json.dumps(COMFYUI))):
+        info = PngInfo()
+        info.add_text(key, text, zip=True)
+        drawings[drawing].save(folder / f"{name}.png", pnginfo=info)
+    drawings[0].save(folder / ".ipynb_checkpoints" / "a.png")
+    drawings[0].save(folder / "lonely.png")
+    (folder / "e.heic").write_bytes(b"...")
     return folder
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# From images, and the whole way: train, generate, score, compare, and from scores
-# ---------------------------------------------------------------------------------------------------------------------
-
-
-def test_from_images_to_training_to_comparison_to_pairs_again(images, train, tmp_path):
-    out = tmp_path / "pairs"
+def test_images_are_chosen_over_what_the_model_generates(images, tmp_path, capsys):
+    out = tmp_path / "out"
     build("from-images", f"--images={images}", f"--model={MODEL}", *GENERATE, f"--output_dir={out}")
 
-    rows = read_pairs(out)
-    assert [row["caption"] for row in rows] == [(images / f"{i}.txt").read_text().strip() for i in range(6)]
-    for i, row in enumerate(rows):
-        winner, loser = (0, 1) if row["label_0"] == 1 else (1, 0)
-        assert row["label_0"] + row["label_1"] == 1 and row["has_label"]
-        assert row[f"jpg_{winner}"] == (images / f"{i}.png").read_bytes()
-        assert row[f"jpg_{loser}"] == (out / "work" / "losers" / f"{i:06d}.png").read_bytes()
-        assert row[f"model_{winner}"] == "data" and row[f"model_{loser}"] == MODEL
-        assert row[f"seed_{loser}"] == 100_003 * i and row[f"prompt_{loser}"] == row["caption"]
-    assert {row["label_0"] for row in rows} == {0.0, 1.0}
-    statistics = json.loads((out / "statistics.json").read_text())
-    assert statistics["pairs"] == 6 and statistics["winner is jpg_0"] == np.mean([r["label_0"] for r in rows]).round(4)
+    assert "left out 2 of 8 files, which aren't an image with a caption: e.heic, lonely.png" in capsys.readouterr().out
+    rows = read_rows(out)
+    assert [row["caption"] for row in rows] == ["red apple", "blue car", "yellow duck", "rocket"]
+    files = [images / name for name in ("a.png", "c.png", "d.png", "more/b.JPG")]
+    assert [row["chosen_jpg"] for row in rows] == [file.read_bytes() for file in files]
+    generated = {file.read_bytes() for file in (out / "work" / "generated").iterdir()}
+    assert {row["rejected_jpg"] for row in rows} == generated and len(generated) == 4
+    assert all(row["rejected_prompt"] == row["caption"] and row["rejected_model"] == str(MODEL) for row in rows)
+    assert "| pairs | 4 |" in (out / "README.md").read_text()
+
+    for row, pair in zip(rows, load_pairs(str(out))):  # as the training script reads them
+        assert pair["caption"] == row["caption"]
+        assert load_image(pair["image_w"]).tobytes() == load_image(row["chosen_jpg"]).tobytes()
+        assert load_image(pair["image_l"]).tobytes() == load_image(row["rejected_jpg"]).tobytes()
+    # The contact sheet has the chosen image on the left.
     sheet = Image.open(out / "contact_sheet.png")
-    assert sheet.size == (4 * 340, 2 * 212)
-    for column, row in enumerate(rows[:4]):  # the chosen one on the left
-        winner, loser = (0, 1) if row["label_0"] == 1 else (1, 0)
-        for i, left in ((winner, 0), (loser, 164)):
-            expected = (
-                Image.open(io.BytesIO(row[f"jpg_{i}"])).convert("RGB").resize((160, 160), Image.Resampling.LANCZOS)
-            )
-            x = column * 340 + 8 + left
-            shown = np.asarray(sheet.crop((x, 40, x + 160, 200))).astype(int)
-            assert np.abs(shown - np.asarray(expected)).mean() < 25  # transparency is white there
-
-    flags = ["--learning_rate=1e-3", "--max_train_steps=2", "--num_validation_pairs=0"]
-    tuned = train(f"--pretrained_model_name_or_path={MODEL}", f"--dataset_name={out}", *flags)
-
-    (tmp_path / "prompts.txt").write_text("rocket\nred apple\ngrinning face\n")
-    flags = [
-        f"--prompts={tmp_path / 'prompts.txt'}",
-        "--seeds",
-        "0",
-        "1",
-        *GENERATE,
-        f"--output_dir={tmp_path / 'eval'}",
-    ]
-    generate.main(generate.parse_args([*flags, "--models", f"base={MODEL}", f"tuned={tuned}"]))
-    score.main(score.parse_args([str(tmp_path / "eval"), "--metrics", "style"]))
-    compare.main(compare.parse_args([str(tmp_path / "eval"), "--base", "base"]))
-    scored = rows_of(tmp_path / "eval" / "scores.jsonl")
-    means = {name: np.mean([row["score"] for row in scored if row["model"] == name]) for name in ("base", "tuned")}
-    (result,) = json.loads((tmp_path / "eval" / "report.json").read_text())["results"]
-    assert len(scored) == 12 and result["images"] == 6 and result["prompts"] == 3
-    assert result["difference"] == pytest.approx(means["tuned"] - means["base"]) and result["difference"] != 0
-    assert result["difference_interval"][0] <= result["difference"] <= result["difference_interval"][1]
-
-    best = tmp_path / "best"
-    build("from-scores", f"--images={tmp_path / 'eval'}", "--metric=style", f"--output_dir={best}")
-    rows = read_pairs(best)
-    assert [row["caption"] for row in rows] == ["rocket", "red apple", "grinning face"]
-    for row in rows:
-        group = [r for r in scored if r["prompt"] == row["caption"]]
-        best_one, worst = max(group, key=lambda r: r["score"]), min(group, key=lambda r: r["score"])
-        winner, loser = (0, 1) if row["label_0"] == 1 else (1, 0)
-        for i, expected in ((winner, best_one), (loser, worst)):
-            assert row[f"score_{i}"] == expected["score"] and row[f"model_{i}"] == expected["model"]
-            assert row[f"jpg_{i}"] == (tmp_path / "eval" / expected["path"]).read_bytes()
-
-    every, margin = tmp_path / "every", 0.2
-    flags = ["--metric=style", "--mode=all", f"--min_margin={margin}", f"--output_dir={every}"]
-    build("from-scores", f"--images={tmp_path / 'eval'}", *flags)
-    count = 0
-    for prompt in ("rocket", "red apple", "grinning face"):
-        values = [r["score"] for r in scored if r["prompt"] == prompt]
-        count += sum(a - b > margin for a in values for b in values)
-    assert len(read_pairs(every)) == count > 3
-    with pytest.raises(SystemExit, match=r"no pair is left \(3 captions without a pair beyond the margin\)"):
-        build(
-            *[
-                "from-scores",
-                f"--images={tmp_path / 'eval'}",
-                "--min_margin=1000",
-                *flags[:2],
-                f"--output_dir={best}2",
-            ]
-        )
+    for number, row in enumerate(rows):
+        for name, left in (("chosen", 8), ("rejected", 172)):
+            shown = sheet.crop((340 * number + left, 40, 340 * number + left + 160, 200))
+            image = load_image(row[f"{name}_jpg"]).resize((160, 160), Image.Resampling.LANCZOS)
+            assert np.abs(np.asarray(shown, float) - np.asarray(image, float)).mean() < 1
 
 
-def test_broken_images_and_captions_end_the_run_before_the_model_is_loaded(images, tmp_path):
-    flags = ["from-images", f"--images={images}", "--model=a/b", *GENERATE, f"--output_dir={tmp_path / 'x'}"]
-    (images / "3.png").write_bytes((images / "3.png").read_bytes()[:200])
-    with pytest.raises(SystemExit, match="row 3: no readable image .*: mend it or remove the row"):
-        build(*flags)
-    (images / "2.txt").write_text(" \n")
-    with pytest.raises(SystemExit, match="row 2: the caption is ''"):
-        build(*flags)
-    (images / "1.txt").unlink()
-    with pytest.raises(SystemExit, match="no 1.txt with the caption beside 1.png"):
-        build(*flags)
-    (tmp_path / "table.csv").write_text("words,image\nrocket,a.png\n")
-    with pytest.raises(SystemExit, match="no column caption or .* among words, image: name it with --caption_column"):
-        build("from-images", f"--images={tmp_path / 'table.csv'}", *flags[2:-1], f"--output_dir={tmp_path / 'y'}")
-
-
-def test_a_call_that_cannot_be_leaves_the_folder_to_the_mended_one(images, tmp_path):
-    (tmp_path / "empty").mkdir()
-    flags = [f"--model={MODEL}", *GENERATE, f"--output_dir={tmp_path / 'x'}"]
-    with pytest.raises(SystemExit, match="--images .*empty: "):
-        build("from-images", f"--images={tmp_path / 'empty'}", *flags)
-    assert not (tmp_path / "x").exists()
-    build("from-images", f"--images={images}", "--max_rows=2", *flags)
-    with pytest.raises(SystemExit, match="--output_dir .*: .*0.png is a file; name a folder"):
-        build("from-images", f"--images={images}", *flags, f"--output_dir={images / '0.png'}")
-
-
-def test_other_settings_need_another_folder(images, tmp_path):
-    flags = ["from-images", f"--images={images}", f"--model={MODEL}", *GENERATE, f"--output_dir={tmp_path / 'x'}"]
+def test_only_what_is_missing_is_generated_and_a_retrained_model_generates_anew(images, tmp_path):
+    model = tmp_path / "model"
+    shutil.copytree(MODEL, model)
+    out = tmp_path / "out"
+    flags = ["from-images", f"--images={images}", f"--model={model}", *GENERATE, f"--output_dir={out}"]
     build(*flags)
-    with pytest.raises(SystemExit, match="was begun with seed 0, now 1: name another folder"):
-        build(*flags, "--seed=1")
+    folder = out / "work" / "generated"
+    before = modification_times(folder)
+    rejected = [row["rejected_jpg"] for row in read_rows(out)]
+
+    damaged = sorted(before)[0]
+    (folder / damaged).write_bytes((folder / damaged).read_bytes()[:100])
+    (images / "lonely.txt").write_text("green tree")  # a row in the middle
+    build(*flags)
+    after = modification_times(folder)
+    assert {name for name in before if after[name] != before[name]} == {damaged}
+    assert len(after) == 5
+    rows = read_rows(out)
+    assert len({row["rejected_jpg"] for row in rows} & set(rejected)) >= 3  # a smaller batch may round differently
+
+    weights = load_file(model / "unet" / "diffusion_pytorch_model.safetensors")
+    weights["conv_out.bias"] += 0.1
+    save_file(weights, model / "unet" / "diffusion_pytorch_model.safetensors")
+    build(*flags)
+    assert all(new["rejected_jpg"] != old["rejected_jpg"] for new, old in zip(read_rows(out), rows))
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# From captions
-# ---------------------------------------------------------------------------------------------------------------------
+@pytest.mark.parametrize("caption", ["None", "NA", "0123", "a\u2028b\x85c", "Žluťoučký 李雷"])
+@pytest.mark.parametrize("suffix", [".txt", ".csv", ".jsonl", ".parquet"])
+def test_captions_stay_what_they_are(tmp_path, caption, suffix):
+    path = tmp_path / f"captions{suffix}"
+    if suffix == ".txt":
+        path.write_text(f"first\n{caption}\n", encoding="utf-16")
+    elif suffix == ".csv":
+        path.write_text(f"caption,n\r\nfirst,1\r\n{caption},2\r\n", encoding="utf-8-sig")
+    elif suffix == ".jsonl":
+        rows = [{"caption": "first"}, {"caption": caption}]
+        path.write_text("\n".join(json.dumps(row, ensure_ascii=False) for row in rows), encoding="utf-8")
+    else:
+        pq.write_table(build_preference_pairs.pa.table({"caption": ["first", caption]}), path)
+    assert read_captions(str(path)) == ["first", caption]
 
 
-RATINGS = (8, 2, 5, 6, 9, 9, 7, 1, 3, 10, 10, 4, 6, 8, 1, 7, 2, 3)
-REFUSALS = {
-    "max_tokens": "Unsupported parameter: 'max_tokens' is not supported with this model. Use "
-    "'max_completion_tokens' instead.",
-    "temperature": "Unsupported value: 'temperature' does not support 0.7 with this model.",
-    "logprobs": "You are not allowed to request logprobs from this model.",
-    "messages": "These messages are too long.",
-}
+def test_what_cannot_be_read_is_named(images, tmp_path):
+    (tmp_path / "cp1252.txt").write_bytes("café".encode("cp1252"))
+    with pytest.raises(ValueError, match=r"cp1252.txt: isn't UTF-8 .*; save it as UTF-8"):
+        read_captions(str(tmp_path / "cp1252.txt"))
+    (tmp_path / "half.jsonl").write_text(r'{"caption": "half a \ud83d character"}')
+    with pytest.raises(ValueError, match="half.jsonl: the caption of row 0 has half a character"):
+        read_captions(str(tmp_path / "half.jsonl"))
+    (tmp_path / "empty.csv").write_text("caption,n\na,1\n,2\n")
+    with pytest.raises(ValueError, match="empty.csv: the caption of row 1 is ''"):
+        read_captions(str(tmp_path / "empty.csv"))
+    (tmp_path / "words.csv").write_text("words,n\na,1\n")
+    with pytest.raises(
+        ValueError, match="words.csv: has the columns words, n; name one of them with --caption_column"
+    ):
+        read_captions(str(tmp_path / "words.csv"))
+    (images / "a.png").write_bytes((images / "a.png").read_bytes()[:200])
+    with pytest.raises(ValueError, match="a.png: the image can't be read"):
+        read_images(str(images), tmp_path / "extracted")
 
 
+# ---- From captions, with a local server -----------------------------------------------------------------------------
 class ChatServer:
-    """An OpenAI-compatible server on loopback.
+    """An OpenAI-compatible server on 127.0.0.1. It rates an image by its brightness and prefers the brighter of two.
 
     Attributes:
-        troubles: what the next requests meet before all goes well: a status, "garbage", "silence" or "kill".
-        malformed: text in a request -> answers to give before a good one, again and again if one only.
-        requests: all requests that were answered well, with their text and whether they had an image.
-        bodies: the whole of each request that was answered well.
-        refuses: parameters that it answers with 400, as OpenAI's newer models do.
-        logprobs: text in a request -> the logprobs of the answer.
-        seen: bytes of the images that it was shown, in their order: it rates the first one by RATINGS[0] and so on.
+        statuses: Status codes for the next requests; 200 after that.
+        requests: The text and the images of every request that was answered.
+        answers: Answers by a part of the request's text, instead of the usual ones.
+        tokens: (token, {alternative: probability}) for each token of the next answers.
     """
 
-    def __init__(self) -> None:
-        self.troubles, self.malformed, self.requests, self.keys, self.victim = [], {}, [], set(), None
-        self.bodies, self.refuses, self.logprobs, self.seen = [], [], {}, []
-        self.kill_at, self.lock = None, threading.Lock()
+    def __init__(self):
+        self.statuses = []
+        self.requests = []
+        self.bodies = []
+        self.answers = {}
+        self.tokens = None
+        self.finish_reason = "stop"
         server = self
 
         class Handler(BaseHTTPRequestHandler):
-            def do_POST(self) -> None:
+            def do_POST(self):
                 body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-                server.keys.add(self.headers.get("Authorization"))
-                assert self.path == "/v1/chat/completions" and body["model"] == "tiny"
-                with server.lock:
-                    trouble = server.troubles.pop(0) if server.troubles else None
-                if trouble == "silence":
-                    time.sleep(1.5)
-                if trouble == "garbage":
-                    return self.reply(200, b"<html>busy</html>")
-                if trouble == "shape":
-                    return self.reply(200, b'{"choices": []}')
-                if isinstance(trouble, int):
-                    return self.reply(trouble, f'{{"error": "bad key {KEY}"}}'.encode(), {"Retry-After": "0.05"})
-                if refused := [name for name in server.refuses if name in body]:
-                    return self.reply(400, json.dumps({"error": {"message": REFUSALS[refused[0]]}}).encode())
-                with server.lock:
-                    server.bodies.append(body)
-                    text = server.answer(body["messages"][0]["content"])
-                    if server.kill_at is not None and len(server.requests) >= server.kill_at:
-                        server.kill_at = None
-                        os.kill(server.victim.pid, signal.SIGKILL)
-                choice = {"index": 0, "finish_reason": "stop", "message": {"role": "assistant", "content": text}}
-                for mark, logprobs in server.logprobs.items():
-                    if mark in str(body["messages"]):
-                        choice["logprobs"] = logprobs
-                self.reply(200, json.dumps({"object": "chat.completion", "choices": [choice]}).encode())
+                status = server.statuses.pop(0) if server.statuses else 200
+                completion = server.complete(body) if status == 200 else {"error": {"message": "busy"}}
+                data = json.dumps(completion).encode()
+                self.send_response(status)
+                self.send_header("Content-Type", "application/json")
+                self.send_header("Content-Length", str(len(data)))
+                self.send_header("Retry-After-Ms", "1")
+                self.end_headers()
+                self.wfile.write(data)
 
-            def reply(self, status: int, data: bytes, headers: dict[str, str] = {}) -> None:
-                try:
-                    self.send_response(status)
-                    for name, value in ({"Content-Length": str(len(data))} | headers).items():
-                        self.send_header(name, value)
-                    self.end_headers()
-                    self.wfile.write(data)
-                except OSError:
-                    pass  # who asked has gone
-
-            def log_message(self, *_) -> None:
+            def log_message(self, *_):
                 pass
 
         self.http = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
         self.url = f"http://127.0.0.1:{self.http.server_port}/v1"
         threading.Thread(target=self.http.serve_forever, daemon=True).start()
 
-    def answer(self, content) -> str:
-        text, images = content, []
-        if isinstance(content, list):
-            text = next(part["text"] for part in content if part["type"] == "text")
-            urls = [part["image_url"]["url"] for part in content if part["type"] == "image_url"]
-            images = [base64.b64decode(url.removeprefix("data:image/png;base64,")) for url in urls]
-            images = [Image.open(io.BytesIO(data)).convert("RGB") for data in images]
-        self.requests.append((text, bool(images)))
-        for mark, answers in self.malformed.items():
-            if mark in text:
-                return answers.pop(0) if len(answers) > 1 else answers[0]
+    def complete(self, body: dict) -> dict:
+        assert body["model"] == "tiny"
+        parts = body["messages"][0]["content"]
+        text = parts[-1]["text"]
+        images = []
+        for part in parts[:-1]:
+            data = base64.b64decode(part["image_url"]["url"].removeprefix("data:image/png;base64,"))
+            images.append(np.asarray(Image.open(io.BytesIO(data))).mean())
+        self.requests.append((text, images))
+        self.bodies.append(body)
+        answer = f"Sure!\n[[PROMPT]] {CONTEXT.format(text.rpartition('The prompt: ')[2])} [[PROMPT]]"
+        if len(images) == 1:
+            answer = f"ANALYSIS: I looked.\nRATING: {1 + images[0] / 30:.2f}"
         if len(images) == 2:
-            first, second = (np.asarray(image).mean() for image in images)
-            return f"ANALYSIS: I like it bright.\nCHOICE: {'A' if first > second else 'B'}"
-        if images:
-            return f"ANALYSIS: I looked at it.\nRATING: {self.rating_of(images[0])}"
-        caption = text.rpartition("The prompt: ")[2]
-        return f"Sure!\n[[PROMPT]] {CONTEXT.format(caption)} [[PROMPT]]"
-
-    def rating_of(self, image: Image.Image) -> int:
-        """By the order in which images were first shown, since their pixels differ between processors."""
-        data = image.convert("RGB").tobytes()
-        if data not in self.seen:
-            self.seen.append(data)
-        return RATINGS[self.seen.index(data)]
+            answer = f"ANALYSIS: I looked.\nCHOICE: {'A' if images[0] > images[1] else 'B'}"
+        for mark, other in self.answers.items():
+            if mark in text:
+                answer = other
+        message = {"role": "assistant", "content": answer}
+        choice = {"index": 0, "finish_reason": self.finish_reason, "message": message, "logprobs": None}
+        if self.tokens is not None:
+            choice["logprobs"] = {"content": []}
+            for token, alternatives in self.tokens:
+                likely = [{"token": name, "logprob": math.log(p)} for name, p in alternatives.items()]
+                choice["logprobs"]["content"].append({"token": token, "logprob": 0.0, "top_logprobs": likely})
+        return {"id": "1", "object": "chat.completion", "created": 0, "model": "tiny", "choices": [choice]}
 
 
 @pytest.fixture
-def server(monkeypatch):
-    monkeypatch.setenv("OPENAI_API_KEY", KEY)
+def server():
     server = ChatServer()
     yield server
     server.http.shutdown()
     server.http.server_close()
 
 
-CAPTIONS = ("red apple", "rocket", "yellow duck", "green tree", "blue car", "white ghost", "brown bear", "pink pig")
+CAPTIONS = ("red apple", "rocket", "yellow duck", "green tree")
 
 
-def caption_flags(server: ChatServer, tmp_path: Path, *more) -> list[str]:
-    (tmp_path / "captions.txt").write_text("\n".join(CAPTIONS) + "\n")
-    flags = ["from-captions", f"--captions={tmp_path / 'captions.txt'}", "--attribute=cartoon style", "--model", MODEL]
-    flags += [
-        "--llm_model=tiny",
-        f"--llm_endpoint={server.url}",
-        "--judge_model=tiny",
-        f"--judge_endpoint={server.url}",
-    ]
-    flags += ["--judge_criterion=the image is a cartoon", "--endpoint_timeout=1", "--endpoint_backoff=0.02"]
-    return [*flags, *GENERATE, f"--output_dir={tmp_path / 'out'}", *more]
+@pytest.fixture
+def caption_flags(server, tmp_path) -> list:
+    (tmp_path / "captions.txt").write_text("\n".join(CAPTIONS))
+    flags = ["from-captions", f"--captions={tmp_path / 'captions.txt'}", "--attribute=cartoon style", *GENERATE]
+    flags += [f"--model={MODEL}", "--judge_model=tiny", f"--api_base_url={server.url}"]
+    return [*flags, f"--output_dir={tmp_path / 'out'}"]
 
 
-def test_from_captions(server, tmp_path, capsys):
-    server.troubles = [429, 500, "garbage", "shape", "silence"]
-    server.malformed = {
-        "The prompt: red apple": [
-            "no tags",
-            "[[PROMPT]] too short [[PROMPT]]",
-            f"[[PROMPT]]{CONTEXT.format('red apple')}[[PROMPT]]",
-        ],
-        "The prompt: rocket": [f"[[PROMPT]] A cartoon of {CONTEXT} [[PROMPT]]"],
-        "was asked for: A small yellow duck": ["It is a fine image, I would say 9."],
-    }
-    build(*caption_flags(server, tmp_path, "--endpoint_workers=1"))
+def test_captions_become_pairs_with_and_without_the_attribute(server, caption_flags, tmp_path):
+    server.statuses = [503, 429]  # the client asks again
+    server.answers = {"green tree": "[[PROMPT]] An oil painting of a green tree that stands on a hill. [[PROMPT]]"}
+    build(*caption_flags, "--min_score=0")
+    rows = read_rows(tmp_path / "out")
+    assert [row["caption"] for row in rows] == [CONTEXT.format(caption) for caption in CAPTIONS[:3]]
+    for row in rows:
+        assert row["chosen_prompt"] == f"cartoon style, {row['caption']}" and row["rejected_prompt"] == row["caption"]
+        for name in ("chosen", "rejected"):
+            brightness = np.asarray(load_image(row[f"{name}_jpg"])).mean()
+            assert row[f"{name}_score"] == pytest.approx(1 + brightness / 30, abs=0.01)
+    assert "| left out | captions without a usable context (1) |" in (tmp_path / "out" / "README.md").read_text()
+    written = [text for text, images in server.requests if not images]
+    assert len(written) == 3 + build_preference_pairs.CONTEXT_TRIES  # the tree's answers all had a word of style
+    assert len(server.requests) == len(written) + 6
 
-    work = tmp_path / "out" / "work"
-    contexts = {row["caption"]: row for row in rows_of(work / "contexts.jsonl")}
-    assert contexts["red apple"]["rejected"] == ["0 sentences between tags", "2 words"]
-    assert contexts["rocket"]["context"] is None and contexts["rocket"]["rejected"] == ["style word cartoon"] * 5
-    assert contexts["green tree"] == {
-        "row": 3,
-        "caption": "green tree",
-        "context": CONTEXT.format("green tree"),
-        "rejected": [],
-    }
-    generated = {row["path"]: row for row in rows_of(work / "images.jsonl")}
-    assert generated["winners/000003.png"]["prompt"] == "cartoon style, " + CONTEXT.format("green tree")
-    assert generated["losers/000003.png"]["prompt"] == CONTEXT.format("green tree") and len(generated) == 14
-
-    judged = {row["path"]: row["score"] for row in rows_of(work / "judgements.jsonl")}
-    kept = []
-    for i, caption in enumerate(CAPTIONS):
-        scores = [judged.get(f"{kind}/{i:06d}.png") for kind in ("winners", "losers")]
-        if caption in ("rocket", "yellow duck"):
-            assert scores == [None, None]
-            continue
-        assert scores == [server.rating_of(Image.open(work / kind / f"{i:06d}.png")) for kind in ("winners", "losers")]
-        kept += [(CONTEXT.format(caption), *scores)] if scores[0] > 5 else []
-    found = []
-    for row in read_pairs(tmp_path / "out"):
-        winner, loser = (0, 1) if row["label_0"] == 1 else (1, 0)
-        found.append((row["caption"], row[f"score_{winner}"], row[f"score_{loser}"]))
-    assert found == kept and 0 < len(kept) < 6 and len(server.seen) == 12
-
-    assert server.keys == {f"Bearer {KEY}"}
-    everything = "".join(
-        p.read_text() for p in (tmp_path / "out").rglob("*") if p.suffix in (".json", ".jsonl", ".md")
-    )
-    said = capsys.readouterr()
-    assert KEY not in everything + said.out + said.err
-    assert "1 of 8 captions got no well-formed context and are left out" in said.err
-    assert "1 without a rating" in said.out
-
-    asked = len(server.requests)
-    build(*caption_flags(server, tmp_path, "--min_score=0", "--min_margin=0"))  # other filters ask nothing again
-    margins = [judged[f"winners/{i:06d}.png"] - judged[f"losers/{i:06d}.png"] for i in (0, 3, 4, 5, 6, 7)]
-    assert len(server.requests) == asked and len(read_pairs(tmp_path / "out")) == sum(m > 0 for m in margins)
+    # Other filters ask only for the context that is missing. Another criterion asks the judge again.
+    server.requests.clear()
+    margins = [row["chosen_score"] - row["rejected_score"] for row in rows]
+    build(*caption_flags, "--min_score=0", f"--min_margin={sorted(margins)[1]}")
+    assert len(read_rows(tmp_path / "out")) == 1
+    assert all("green tree" in text for text, _ in server.requests)
+    server.requests.clear()
+    build(*caption_flags, "--min_score=0", "--judge_criterion=the image is flat")
+    assert sum("the image is flat" in text for text, _ in server.requests) == 6
 
 
-def test_from_captions_killed_in_each_stage_loses_and_repeats_nothing(server, tmp_path):
-    flags = caption_flags(server, tmp_path, "--min_score=0", "--batch_size=1", "--endpoint_workers=1")
-    flags[flags.index("--num_inference_steps=2")] = "--num_inference_steps=8"
-    work = tmp_path / "out" / "work"
-
-    def run_and_kill(at: int | None) -> None:
-        server.kill_at = at
-        server.victim = process = start("pairs/build_preference_pairs.py", *flags)
-        if at is None:
-            log = work / "images.jsonl"
-            while not (log.exists() and log.read_text().count("\n") >= 3):
-                assert process.poll() is None, process.communicate()[1]
-                time.sleep(0.005)
-            process.send_signal(signal.SIGKILL)
-        process.communicate(timeout=600)
-        assert process.returncode == -signal.SIGKILL
-
-    run_and_kill(at=4)  # while the fourth context is written
-    assert len(rows_of(work / "contexts.jsonl")) == 3
-    run_and_kill(at=None)  # while images are generated
-    assert len(rows_of(work / "contexts.jsonl")) == 8
-    times = {path: path.stat().st_mtime_ns for path in (work / "winners").glob("0*.png")}
-    assert 3 <= len(times) < 8
-    run_and_kill(at=len(server.requests) + 5)  # while the fifth image is judged
-    assert len(rows_of(work / "judgements.jsonl")) == 4
-    assert not (tmp_path / "out" / pairs.PARQUET).exists()
-    build(*flags)
-
-    assert all(path.stat().st_mtime_ns == time_ns for path, time_ns in times.items())
-    assert [len(rows_of(work / name)) for name in ("contexts.jsonl", "images.jsonl", "judgements.jsonl")] == [
-        8,
-        16,
-        16,
-    ]
-    # Only the requests that were under way at a kill were asked twice.
-    assert len(server.requests) == 8 + 16 + 2
-    assert len(read_pairs(tmp_path / "out")) == 8
-    before = (tmp_path / "out" / pairs.PARQUET).read_bytes()
-    build(*flags)
-    assert (tmp_path / "out" / pairs.PARQUET).read_bytes() == before
+def test_a_run_that_was_interrupted_asks_only_for_what_is_missing(server, caption_flags, tmp_path, monkeypatch):
+    monkeypatch.setattr(build_preference_pairs, "REQUESTS_AT_A_TIME", 1)
+    server.statuses = [200] * 6 + [400]  # four contexts, two ratings, and an error that isn't tried again
+    with pytest.raises(Exception, match="400"):
+        build(*caption_flags, "--min_score=0")
+    log = tmp_path / "out" / "work" / "ratings.jsonl"
+    assert 2 <= log.read_text().count("\n") < 8
+    with open(log, "a") as file:
+        file.write('{"key": "01')  # a kill may leave half a row
+    before = modification_times(tmp_path / "out" / "work" / "generated")
+    build(*caption_flags, "--min_score=0")
+    assert len(server.requests) == 4 + 8 and len(read_rows(tmp_path / "out")) == 4
+    assert modification_times(tmp_path / "out" / "work" / "generated") == before
+    assert all(json.loads(line)["answer"] for line in log.read_text().splitlines())
 
 
-def test_safety_has_the_attribute_on_the_losers_and_another_model(server, tmp_path):
-    more = ["--winner_template={context}", "--loser_template={attribute} {caption}", "--caption_template={caption}"]
-    build(*caption_flags(server, tmp_path, "--no_contexts", "--no_judge", f"--loser_model={MODEL}", *more))
-
-    rows = read_pairs(tmp_path / "out")
-    assert not server.requests and len(rows) == 8
-    winner, loser = (0, 1) if rows[0]["label_0"] == 1 else (1, 0)
-    assert rows[0]["caption"] == rows[0][f"prompt_{winner}"] == "red apple"
-    assert rows[0][f"prompt_{loser}"] == "cartoon style red apple" and rows[0]["score_0"] is None
+def test_without_a_context_and_a_judge_nothing_is_asked(server, caption_flags, tmp_path):
+    """As the paper's safety task: the attribute is what to avoid, so it goes to the rejected images."""
+    templates = ["--chosen_template={context}", "--rejected_template={attribute} {caption}"]
+    build(*caption_flags, "--no_contexts", "--no_judge", *templates)
+    rows = read_rows(tmp_path / "out")
+    assert [row["caption"] for row in rows] == list(CAPTIONS) and not server.requests
+    assert rows[1]["chosen_prompt"] == "rocket" and rows[1]["rejected_prompt"] == "cartoon style rocket"
 
 
-@pytest.mark.parametrize(
-    "troubles, message",
-    [
-        ([503] * 3, "status 503, 3 times: see that the server runs"),
-        (["garbage"] * 3, "an answer that is no chat completion, 3 times"),
-        (["silence"] * 3, "no answer in 0.2 s, 3 times"),
-        ([401], r'status 401: \{"error": "bad key \*\*\*'),
-    ],
-)
-def test_an_endpoint_that_fails_ends_the_run_in_one_line(server, tmp_path, troubles, message):
-    server.troubles = troubles
-    flags = caption_flags(server, tmp_path, "--endpoint_tries=3", "--endpoint_timeout=0.2", "--endpoint_workers=1")
-    with pytest.raises(SystemExit, match=message) as done:
-        build(*flags)
-    assert KEY not in str(done.value) and "\n" not in str(done.value)
+def test_models_that_never_answer_as_asked_are_named(server, caption_flags):
+    server.answers = {"The prompt": "I can't help with that."}
+    with pytest.raises(ValueError, match="tiny put no usable sentence between .* Try another --llm_model"):
+        build(*caption_flags)
+    server.answers = {"You rate": "Lovely!"}
+    with pytest.raises(ValueError, match="tiny never answered with a line like .* Try another --judge_model"):
+        build(*caption_flags, "--no_contexts")
 
 
-def test_parameters_that_an_endpoint_refuses_are_left_out(server, tmp_path):
-    server.refuses = ["max_tokens", "temperature", "logprobs"]
-    flags = ["--max_rows=2", "--min_score=0", "--endpoint_workers=1"]
-    build(*caption_flags(server, tmp_path, *flags))
-    assert len(read_pairs(tmp_path / "out")) == 2 and len(server.bodies) == 2 + 4
-    for body in server.bodies:
-        assert not {"max_tokens", "temperature", "logprobs"} & body.keys()
-    assert {body["max_completion_tokens"] for body in server.bodies} == {160, 512}
-
-    server.refuses = ["messages"]
-    with pytest.raises(SystemExit, match="--llm_endpoint http.*: status 400: .*These messages are too long"):
-        build(*caption_flags(server, tmp_path, *flags, f"--output_dir={tmp_path / 'other'}"))
+@pytest.mark.parametrize("flag", ["--chosen_template={style}", "--caption_template={0}"])
+def test_a_template_with_an_unknown_name_is_refused(caption_flags, flag, capsys):
+    with pytest.raises(SystemExit):
+        build(*caption_flags, flag)
+    assert "only {attribute}, {context} and {caption} are filled in" in capsys.readouterr().err
 
 
-def test_contents_in_parts_reasoning_and_more_fields(server, tmp_path):
-    context = f"<think>[[PROMPT]] no, not so [[PROMPT]]</think>[[PROMPT]] {CONTEXT.format('red apple')} [[PROMPT]]"
-    rating = "<think>RATING: 3? No.</think>ANALYSIS: good\nRATING: 8"
-    server.malformed = {"The prompt": [[{"type": "text", "text": context}]], "You rate": [rating]}
-    fields = '{"chat_template_kwargs": {"enable_thinking": true}}'
-    flags = ["--max_rows=1", "--judge_max_tokens=4000", "--endpoint_workers=1", f"--endpoint_fields={fields}"]
-    build(*caption_flags(server, tmp_path, *flags))
-    (row,) = read_pairs(tmp_path / "out")
-    assert row["caption"] == CONTEXT.format("red apple") and row["score_0"] == row["score_1"] == 8
-    assert all(body["chat_template_kwargs"] == {"enable_thinking": True} for body in server.bodies)
-    assert [body["max_tokens"] for body in server.bodies] == [160, 4000, 4000]
+# ---- The judge ------------------------------------------------------------------------------------------------------
+DARK = Image.new("RGB", (16, 16), "black")
+BRIGHT = Image.new("RGB", (16, 16), "white")
 
 
-def logprobs(*tokens) -> dict:
-    """As the API words them: each token with its alternatives and their probabilities."""
-    return {
-        "content": [
-            {"token": token, "top_logprobs": [{"token": other, "logprob": math.log(p)} for other, p in likely.items()]}
-            for token, likely in tokens
-        ]
-    }
+def test_a_rating_is_the_mean_over_the_likely_ones(server):
+    judge = Judge(server.url, "tiny", criterion="the image is bright")
+    assert judge.rate(BRIGHT, "a lamp") == pytest.approx(9.5)  # a server without probabilities
+    text = server.requests[-1][0]
+    assert "a lamp" in text and "the image is bright" in text
+    assert server.bodies[-1]["logprobs"] is True and server.bodies[-1]["top_logprobs"] == 20
+
+    server.answers = {"You rate": "<think>RATING: 3? No.</think>ANALYSIS: good\nRATING: 8"}
+    start = [("<think>RATING: ", {}), ("3", {"3": 1.0}), ("? No.</think>ANALYSIS: good\n", {}), ("RATING:", {})]
+    server.tokens = [*start, (" 8", {" 8": 0.5, "7": 0.25, "9": 0.125, "good": 0.1})]
+    assert judge.rate(BRIGHT, "a lamp") == pytest.approx((4 + 1.75 + 1.125) / 0.875)
+    server.tokens = [*start, (" ", {" ": 1.0}), ("8", {"8": 0.5, "9": 0.25, "1": 0.25})]  # 10 begins with 1
+    assert judge.rate(BRIGHT, "a lamp") == pytest.approx(4 + 2.25 + 2.5)
 
 
-def grey_images(folder: Path) -> None:
-    """As generate.py leaves them; the base's are dark, the other's brighter for the first prompt, alike for the
-    second."""
-    for model, levels in (("base", (60, 60)), ("tuned", (180, 60))):
-        for i, level in enumerate(levels):
-            path = Path("images", model, f"{i}.png")
-            (folder / path).parent.mkdir(parents=True, exist_ok=True)
-            Image.new("L", (32, 32), level).save(folder / path)
-            row = {"model": model, "prompt_id": i, "seed": 0, "prompt": f"prompt {i}", "path": str(path)}
-            with open(folder / "images.jsonl", "a") as file:
+@pytest.mark.parametrize("answer", ["Lovely!", "RATING: 11", "RATING: -3", "RATING: nine"])
+def test_an_answer_without_a_rating_is_nan(server, answer):
+    server.answers = {"You rate": answer}
+    assert math.isnan(Judge(server.url, "tiny").rate(BRIGHT, "a lamp"))
+
+
+def test_an_answer_that_was_cut_off_is_nan(server):
+    server.finish_reason = "length"
+    assert math.isnan(Judge(server.url, "tiny").rate(BRIGHT, "a lamp"))
+
+
+def test_a_comparison_asks_in_both_orders(server):
+    judge = Judge(server.url, "tiny")
+    assert judge.compare(BRIGHT, DARK, "a lamp") == 1 and judge.compare(DARK, BRIGHT, "a lamp") == 0
+    assert [images for _, images in server.requests] == [[255, 0], [0, 255], [0, 255], [255, 0]]
+    server.answers = {"You compare": "CHOICE: A"}
+    assert judge.compare(BRIGHT, DARK, "a lamp") == 0.5  # always the first is no preference
+    server.tokens = [("CHOICE: ", {}), ("A", {"A": 0.6, "B": 0.2})]
+    assert judge.prefer_first(BRIGHT, DARK, "a lamp") == pytest.approx(0.75)
+    server.answers = {"You compare": "Both are lovely."}
+    assert math.isnan(judge.compare(BRIGHT, DARK, "a lamp"))
+
+
+def test_vqa_score_is_the_probability_of_yes(server):
+    judge = Judge(server.url, "tiny")
+    server.tokens = [("Yes", {"Yes": 0.75, "yes": 0.05, "No": 0.2}), (", there is no doubt", {})]
+    assert judge.vqa_score(BRIGHT, "a lamp") == pytest.approx(0.8)
+    server.tokens = None
+    assert math.isnan(judge.vqa_score(BRIGHT, "a lamp"))
+
+
+def test_fields_reach_the_server_and_null_removes_one(server):
+    judge = Judge(server.url, "tiny", fields={"temperature": None, "reasoning_effort": "low"})
+    judge.ask("Hello")
+    assert "temperature" not in server.bodies[0] and server.bodies[0]["reasoning_effort"] == "low"
+
+
+# ---- From scores ----------------------------------------------------------------------------------------------------
+def test_the_best_is_chosen_over_the_worst_or_all_pairs_beyond_a_margin(tmp_path, capsys):
+    scores = {"rocket": (3.0, 1.0, 2.5), "red apple": (0.1, 0.2), "lonely": (1.0,)}
+    with open(tmp_path / "scores.jsonl", "w") as file:
+        for prompt, values in scores.items():
+            for number, score in enumerate(values):
+                path = f"{prompt}-{number}.png"
+                Image.new("L", (8, 8), int(50 * score)).save(tmp_path / path)
+                row = {"prompt": prompt, "path": path, "model": "m", "seed": number, "metric": "style", "score": score}
+                row["image"] = hash_content((tmp_path / path).read_bytes())
                 file.write(json.dumps(row) + "\n")
+    flags = ["from-scores", f"--images={tmp_path}", "--metric=style", f"--output_dir={tmp_path / 'out'}"]
+    build(*flags)
+    rows = read_rows(tmp_path / "out")
+    assert [(row["caption"], row["chosen_score"], row["rejected_score"]) for row in rows] == [
+        ("rocket", 3.0, 1.0),
+        ("red apple", 0.2, 0.1),
+    ]
+    assert rows[0]["chosen_jpg"] == (tmp_path / "rocket-0.png").read_bytes() and rows[0]["rejected_seed"] == 1
+    assert "prompts without two images that differ enough (1)" in capsys.readouterr().out
 
-
-def score_images(*flags) -> None:
-    score.main(score.parse_args([str(flag) for flag in flags]))
-
-
-def test_ratings_by_an_endpoint_are_means_over_the_likely_ones(server, tmp_path):
-    grey_images(tmp_path)
-    server.malformed = {"You rate": ["RATING: 8"]}
-    server.logprobs = {"prompt 0": logprobs(("RATING: ", {"RATING: ": 1.0}), ("8", {"8": 0.5, "7": 0.25, "9": 0.125}))}
-    score_images(tmp_path, "--metrics=judge", f"--judge_endpoint={server.url}", "--weights=judge=tiny")
-    scores = {(row["model"], row["prompt_id"]): row["score"] for row in rows_of(tmp_path / "scores.jsonl")}
-    assert scores["base", 0] == pytest.approx((4 + 1.75 + 1.125) / 0.875) and scores["base", 1] == 8
-    assert all(body["logprobs"] and body["top_logprobs"] == 20 for body in server.bodies)
-
-
-def test_pairwise_judge_asks_both_orders(server, tmp_path, capsys):
-    grey_images(tmp_path)
-    flags = ["--metrics=pairwise", f"--judge_endpoint={server.url}", "--weights=judge=tiny"]
-    with pytest.raises(SystemExit, match="--metrics pairwise needs --base NAME"):
-        score_images(tmp_path, *flags)
-    with pytest.raises(SystemExit, match="--base nobody: the images have only base, tuned"):
-        score_images(tmp_path, *flags, "--base=nobody")
-    score_images(tmp_path, *flags, "--base=base")
-    scores = {(row["model"], row["prompt_id"]): row["score"] for row in rows_of(tmp_path / "scores.jsonl")}
-    # The brighter one wins from either place; of two alike the judge always takes B, which is no preference.
-    assert scores == {("base", 0): 0.5, ("base", 1): 0.5, ("tuned", 0): 1.0, ("tuned", 1): 0.5}
-    assert len(server.requests) == 4
-    compare.main(compare.parse_args([str(tmp_path), "--base", "base"]))
-    (result,) = json.loads((tmp_path / "report.json").read_text())["results"]
-    assert result["win_rate"] == 0.75 and result["difference"] == 0.25
-
-    server.logprobs = {"prompt": logprobs(("CHOICE: ", {"CHOICE: ": 1.0}), ("A", {"A": 0.6, "B": 0.3}))}
-    server.malformed = {"You compare": ["CHOICE: A"]}  # by two to one for the first place
-    score_images(tmp_path, *flags, "--base=tuned", f"--output={tmp_path / 's.jsonl'}")
-    assert [row["score"] for row in rows_of(tmp_path / "s.jsonl")] == pytest.approx([0.5] * 4)
-
-    server.logprobs, server.malformed = {}, {}
-    data = [f"--pairs={REPO / 'demo' / 'pairs'}", "--split=test", "--max_rows=3"]
-    score_images(*data, *flags, f"--output={tmp_path / 'p.jsonl'}")
-    (said,) = re.findall(r"pairwise: agrees with ([\d.]+)% of 3 labels", capsys.readouterr().out)
-    rows = rows_of(tmp_path / "p.jsonl")
-    wins = [row["score"] > 0.5 for row in rows if row["model"] == "chosen"]
-    assert len(rows) == 6 and float(said) == pytest.approx(100 * np.mean(wins), abs=0.1)
-
-
-def test_vqa_is_the_probability_of_yes(server, tmp_path):
-    grey_images(tmp_path)
-    server.logprobs = {"prompt 0": logprobs(("Yes", {"Yes": 0.75, "No": 0.2}))}
-    score_images(tmp_path, "--metrics=vqa", f"--judge_endpoint={server.url}", "--weights=judge=tiny")
-    scores = {(row["model"], row["prompt_id"]): row["score"] for row in rows_of(tmp_path / "scores.jsonl")}
-    assert scores["base", 0] == pytest.approx(0.75) and scores["base", 1] is None
-    assert 'Does this figure show "prompt 0"? Please answer yes or no.' in [text for text, _ in server.requests]
-
-
-def test_scores_on_the_contact_sheet_are_readable_on_any_image():
-    for level in (0, 90, 128, 170, 255):
-        data = io.BytesIO()
-        Image.new("L", (64, 64), level).save(data, "PNG")
-        sides = [pairs.side(data.getvalue(), Path("."), score=7.25), pairs.side(data.getvalue(), Path("."))]
-        sheet = np.asarray(pairs.make_contact_sheet([("a caption", *sides)]).convert("L")).astype(int)
-        number = sheet[40:56, 8:40]
-        assert np.abs(number - level).max() > 120 and np.ptp(number) > 200, level
-
-
-def test_an_endpoint_that_is_down(server, tmp_path):
-    flags = caption_flags(server, tmp_path, "--endpoint_tries=2")
-    server.http.shutdown()
-    server.http.server_close()
-    with pytest.raises(SystemExit, match="no connection, 2 times: .* the same command goes on from here"):
+    build(*flags, "--mode=all", "--min_margin=0.4")
+    margins = [(row["chosen_score"], row["rejected_score"]) for row in read_rows(tmp_path / "out")]
+    assert margins == [(3.0, 2.5), (3.0, 1.0), (2.5, 1.0)]
+    with pytest.raises(ValueError, match="No pair is left"):
+        build(*flags, "--min_margin=5")
+    with pytest.raises(ValueError, match="--metric hps: .* has only style"):
+        build(*flags, "--metric=hps")
+    Image.new("L", (8, 8), 255).save(tmp_path / "rocket-1.png")  # generated again after the scores
+    with pytest.raises(ValueError, match="rocket-1.png isn't the image that was scored"):
         build(*flags)
-
-
-def test_a_judge_that_answers_nonsense(server, tmp_path):
-    server.malformed = {"You rate an image": ["Lovely!"]}
-    with pytest.raises(SystemExit, match="--judge_model tiny: none of its answers had the form RATING: 7"):
-        build(*caption_flags(server, tmp_path, "--max_rows=2", "--judge_tries=2"))
-    assert sum(with_image for _, with_image in server.requests) == 2 * 2 * 2
-
-
-@pytest.mark.parametrize(
-    "more, message",
-    [
-        (["--winner_template={style}"], "only {attribute}, {context}, {caption} are known"),
-        (["--resolution=60"], "--resolution 60: must be a positive multiple of 8"),
-    ],
-)
-def test_flags_that_cannot_be(server, tmp_path, more, message):
-    with pytest.raises(SystemExit, match=re.escape(message)):
-        build(*caption_flags(server, tmp_path, *more))
-
-
-def test_a_judge_or_its_absence_is_named(server, tmp_path):
-    flags = [flag for flag in caption_flags(server, tmp_path) if not flag.startswith("--judge_model")]
-    with pytest.raises(SystemExit, match="--judge_model: name a vision-language model, or keep all pairs"):
-        build(*flags)
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Models of transformers in the place of endpoints: random ones, which talk nonsense
-# ---------------------------------------------------------------------------------------------------------------------
-
-
-def test_a_local_language_model_writes_and_its_nonsense_is_rejected(server, tmp_path):
-    from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
-
-    tokenizer = AutoTokenizer.from_pretrained(Path(MODEL) / "tokenizer")
-    tokenizer.model_max_length = 1024
-    tokenizer.save_pretrained(tmp_path / "llm")
-    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
-    torch.manual_seed(0)
-    model = LlamaForCausalLM(LlamaConfig(vocab_size=len(tokenizer), max_position_embeddings=1024, **sizes))
-    model.save_pretrained(tmp_path / "llm")
-
-    writer = pairs.LocalWriter(str(tmp_path / "llm"), "cpu")
-    inputs = tokenizer("red apple", return_tensors="pt").input_ids
-    expected = []
-    for _ in range(8):  # greedy, a token at a time
-        expected.append(
-            model(torch.cat([inputs, torch.tensor([expected], dtype=int)], 1)).logits[0, -1].argmax().item()
-        )
-    assert writer.ask("red apple", max_tokens=8).text == tokenizer.decode(expected, skip_special_tokens=True)
-
-    flags = [flag for flag in caption_flags(server, tmp_path, "--max_rows=2") if not flag.startswith("--llm")]
-    flags += [f"--llm_model={tmp_path / 'llm'}", "--llm_tries=2", "--llm_max_tokens=12"]
-    with pytest.raises(SystemExit, match=r"no answer of 2 tries was well-formed \(last: 0 sentences between tags\)"):
-        build(*flags)
-    rejected = [row["rejected"] for row in rows_of(tmp_path / "out" / "work" / "contexts.jsonl")]
-    assert rejected == [["0 sentences between tags"] * 2] * 2
-
-
-@pytest.mark.parametrize(
-    "answer, context, reason",
-    [
-        (f"[[PROMPT]] {CONTEXT} [[PROMPT]]", CONTEXT, ""),
-        (f"Here:\n[[prompt]]\n{CONTEXT}\n[[/PROMPT]] Enjoy!", CONTEXT, ""),
-        (f"[[PROMPT]] {CONTEXT}", None, "0 sentences between tags"),
-        ("[[PROMPT]][[PROMPT]]", None, "0 words"),
-        (f"[[PROMPT]] {'very ' * 300} [[PROMPT]]", None, "300 words"),
-        (
-            "[[PROMPT]] A cat sits on a mat. A dog sits on the floor beside it. [[PROMPT]]",
-            None,
-            "more than one sentence",
-        ),
-        ("[[PROMPT]] An oil painting of a cat that sits on a mat [[PROMPT]]", None, "style word painting"),
-        ("[[PROMPT]] A cat that sits on a mat in dotted ink [[PROMPT]]", None, "style word ink"),
-    ],
-)
-def test_context_of_an_answer(answer, context, reason):
-    assert pairs.read_context(answer, [*pairs.STYLE_WORDS, "ink"]) == (context, reason)
-
-
-@pytest.mark.parametrize("use", ["from-images", "from-captions", "from-scores"])
-def test_help_explains_itself(use, capsys):
-    for argv in (["--help"], [use, "--help"]):
-        with pytest.raises(SystemExit) as done:
-            pairs.parse_args(argv)
-        assert done.value.code == 0 and use in capsys.readouterr().out

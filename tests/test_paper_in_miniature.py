@@ -11,9 +11,8 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
-"""The baselines of benchmarks/paper_in_miniature.py against their papers, and a small run of all its stages."""
+"""The miniature: losses against their formulas, judges on drawings whose answer is known, the report, a small run."""
 
-import json
 import math
 import sys
 from pathlib import Path
@@ -23,163 +22,237 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from scipy.linalg import sqrtm
 
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "benchmarks"))
+BENCHMARKS = Path(__file__).resolve().parents[1] / "benchmarks"
+sys.path.insert(0, str(BENCHMARKS))
+
+import miniature_judges as judges  # noqa: E402
+import miniature_losses as losses  # noqa: E402
+import miniature_report  # noqa: E402
+import miniature_tasks as tasks  # noqa: E402
 import paper_in_miniature as miniature  # noqa: E402
+from demo import report  # noqa: E402
+from demo.style_judge import FOUNDRIES, StyleJudge, to_batch  # noqa: E402
 
 
-def test_diffusion_dpo_is_its_papers_loss():
-    """Eq. 14 of arXiv 2311.12908, pair by pair in Python's floats, which are float64."""
-    mse_w, mse_l, ref_w, ref_l = torch.rand(4, 5, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
-    beta, total = 30.0, 0.0
-    for won, lost, ref_won, ref_lost in zip(*(x.tolist() for x in (mse_w, mse_l, ref_w, ref_l))):
-        inside = -(beta / 2) * (won - ref_won - (lost - ref_lost))
-        total += -math.log(1 / (1 + math.exp(-inside)))
-    assert miniature.diffusion_dpo_loss(mse_w, mse_l, ref_w, ref_l, beta).item() == pytest.approx(total / 5, rel=1e-12)
+# ---- Losses ---------------------------------------------------------------------------------------------------------
+def log_sigmoid(x: float) -> float:
+    return -math.log(1 + math.exp(-x))
 
 
-def test_the_forms_of_simpo_and_orpo():
-    mse_w, mse_l = torch.tensor([0.1], dtype=torch.float64), torch.tensor([0.3], dtype=torch.float64)
-    simpo = -math.log(1 / (1 + math.exp(-7 * (0.3 - 0.1))))
-    assert miniature.simpo_loss(mse_w, mse_l, 7).item() == pytest.approx(simpo, rel=1e-12)
-    odds_w, odds_l = (math.exp(-x) / (1 - math.exp(-x)) for x in (0.1, 0.3))
-    orpo = 0.1 - 2 * math.log(1 / (1 + odds_l / odds_w))
-    assert miniature.orpo_loss(mse_w, mse_l, 2).item() == pytest.approx(orpo, rel=1e-12)
+def test_losses_are_their_formulas():
+    """Pair by pair, in Python's floats."""
+    mse_w = [0.10, 0.25, 0.40]
+    mse_l = [0.30, 0.20, 0.41]
+    reference_w = [0.12, 0.24, 0.50]
+    reference_l = [0.25, 0.22, 0.39]
+    sft = dpo = simpo = orpo = 0.0
+    for w, l, ref_w, ref_l in zip(mse_w, mse_l, reference_w, reference_l):  # noqa: E741
+        sft += w / 3
+        dpo -= log_sigmoid(-30 / 2 * ((w - ref_w) - (l - ref_l))) / 3
+        simpo -= log_sigmoid(7 * (l - w)) / 3
+        odds_w = math.exp(-w) / (1 - math.exp(-w))
+        odds_l = math.exp(-l) / (1 - math.exp(-l))
+        orpo += (w - 2 * log_sigmoid(math.log(odds_w / odds_l))) / 3
+
+    w, l, ref_w, ref_l = torch.tensor([mse_w, mse_l, reference_w, reference_l], dtype=torch.float64)  # noqa: E741
+    assert losses.sft_loss(w).item() == pytest.approx(sft, rel=1e-12)
+    assert losses.diffusion_dpo_loss(w, l, ref_w, ref_l, beta=30).item() == pytest.approx(dpo, rel=1e-12)
+    assert losses.simpo_loss(w, l, beta=7).item() == pytest.approx(simpo, rel=1e-12)
+    assert losses.orpo_loss(w, l, weight=2).item() == pytest.approx(orpo, rel=1e-12)
 
 
-def test_frechet_distance_is_that_of_the_gaussians():
-    from scipy.linalg import sqrtm
+# ---- Judges ---------------------------------------------------------------------------------------------------------
+def drawings_of(names: list[str], foundry: str = "noto") -> torch.Tensor:
+    """uint8, (N, 3, 64, 64)"""
+    captions, sheets = report.load_sheets()
+    images = [np.asarray(sheets[foundry][captions.index(name)]) for name in names]
+    return torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2)
 
+
+def test_an_image_without_red_is_safe():
+    drawn = drawings_of(["red apple", "tomato", "broccoli", "koala"])
+    blue = judges.replace_red(drawn)
+    assert judges.judge_images("safety", miniature.to_signed(drawn), None).tolist() == [0, 0, 1, 1]
+    assert judges.judge_images("safety", miniature.to_signed(blue), None).tolist() == [1, 1, 1, 1]
+    assert torch.equal(blue[2], drawn[2])
+    assert not torch.equal(blue[0], drawn[0])
+
+
+def test_a_hand_is_worth_its_skin():
+    yellow = miniature.to_signed(drawings_of(["thumbs up sign"]))
+    is_skin = (yellow - judges.YELLOW_SKIN[:, None, None]).square().sum(1, keepdim=True) < 0.5
+    dark = torch.where(is_skin, judges.DARK_SKIN[:, None, None], yellow)
+    assert judges.judge_images("culture", torch.cat([yellow, dark]), None).tolist() == [0, 1]
+
+
+def test_a_style_is_worth_its_utility():
+    """The demo's own judge names the first four of the five styles."""
+    judge = StyleJudge.from_pretrained()
+    names = ["rabbit face", "tomato", "koala"]
+    for foundry, utility in (("twemoji", 0.0), ("openmoji", 0.5), ("noto", 1.0), ("fluent", 2.0)):
+        images = miniature.to_signed(drawings_of(names, foundry))
+        assert judges.judge_images("preference", images, judge).tolist() == [utility] * 3
+        assert judges.judge_images("known_style", images, judge).tolist() == [float(foundry == "openmoji")] * 3
+
+
+def test_the_style_judge_is_the_same_whenever_it_is_trained(tmp_path, monkeypatch):
+    monkeypatch.setattr(judges, "JUDGE_STEPS", 2)
     random = np.random.default_rng(0)
-    a, b = random.normal(size=(40, 6)), random.normal(1, 2, size=(30, 6))
-    covariances = np.cov(a, rowvar=False), np.cov(b, rowvar=False)
-    expected = ((a.mean(0) - b.mean(0)) ** 2).sum() + np.trace(sum(covariances)) - 2 * np.trace(sqrtm(
-        covariances[0] @ covariances[1])).real  # fmt: skip
-    found = miniature.frechet_distance(torch.from_numpy(a), torch.from_numpy(b))
+    drawings = {"captions": np.array(list("abcdefgh"))}
+    for style in tasks.STYLES:
+        drawings[style] = random.integers(0, 256, (8, 64, 64, 3)).astype(np.uint8)
+    vae = report.load_pipeline(miniature.MODEL).vae
+    torch.manual_seed(1)
+    first = judges.train_style_judge(tmp_path / "first.pt", drawings, ["h"], vae)
+    torch.manual_seed(2)
+    second = judges.train_style_judge(tmp_path / "second.pt", drawings, ["h"], vae)
+    for name, weight in first.state_dict().items():
+        assert torch.equal(weight, second.state_dict()[name]), name
+
+
+def test_a_colour_cast_is_not_recognised():
+    """It pleases the judge that looks for red, and the nearest drawing is still one of the caption."""
+    names = ["red apple", "tomato", "broccoli"]
+    blue = judges.replace_red(drawings_of(names)).permute(0, 2, 3, 1).numpy()
+    cast = (blue * (0.4, 0.5, 1.0)).astype(np.uint8)
+    images = [Image.fromarray(image) for image in blue]
+    images_with_cast = [Image.fromarray(image) for image in cast]
+    world = SimpleNamespace(
+        splits={"safety": {"test": [0, 1, 2]}},
+        captions=names,
+        drawings=to_batch(images).repeat(len(tasks.LOOKS), 1, 1, 1, 1),
+        style_judge=StyleJudge(len(tasks.STYLES)).eval(),
+    )
+    setting = {"task": "safety", "split": "test"}
+    figures = miniature.measure_images(images, world, setting)
+    assert (figures["preferred"], figures["recognised"], figures["scores"]) == (1, 1, [1, 1, 1])
+    figures = miniature.measure_images(images_with_cast, world, setting)
+    assert (figures["preferred"], figures["recognised"], figures["scores"]) == (1, 0, [0, 0, 0])
+
+
+def test_frechet_distance():
+    random = np.random.default_rng(0)
+    a = random.normal(size=(40, 6))
+    b = random.normal(1, 2, size=(30, 6))
+    covariance_a = np.cov(a, rowvar=False)
+    covariance_b = np.cov(b, rowvar=False)
+    expected = ((a.mean(0) - b.mean(0)) ** 2).sum() + np.trace(covariance_a) + np.trace(covariance_b)
+    expected -= 2 * np.trace(sqrtm(covariance_a @ covariance_b)).real
+    found = judges.frechet_distance(torch.from_numpy(a), torch.from_numpy(b))
     assert found.item() == pytest.approx(expected, rel=1e-9)
 
 
-def test_pairs_follow_the_tasks():
-    captions = list(range(400))
-    known = miniature.make_pairs("known_style", captions)
-    assert (known[:, 1] == miniature.STYLES.index("openmoji")).all() and (known[:, 1] != known[:, 2]).all()
-    swapped = miniature.make_pairs("known_style", captions, noise=0.25)
-    differ = (known != swapped).any(1)
-    assert 70 < differ.sum() < 130 and (swapped[differ][:, [0, 2, 1]] == known[differ]).all()
-    # Bradley-Terry: fluent (2.0) over twemoji (0.0) in 88 of 100
-    labels = miniature.make_pairs("preference", list(range(4000)))
-    fluent, twemoji = miniature.STYLES.index("fluent"), miniature.STYLES.index("twemoji")
-    met = labels[(np.sort(labels[:, 1:], 1) == sorted((fluent, twemoji))).all(1)]
-    assert (met[:, 1] == fluent).mean() == pytest.approx(1 / (1 + math.exp(-2)), abs=0.04)
-    culture = miniature.make_pairs("culture", captions)
-    looks = np.array(miniature.LOOKS)
-    assert all(winner == f"{loser}_dark" for winner, loser in zip(looks[culture[:, 1]], looks[culture[:, 2]]))
-    # a selection has the same pairs
-    assert (miniature.make_pairs("preference", [3, 17]) == labels[[3, 17]]).all()
+# ---- Tasks ----------------------------------------------------------------------------------------------------------
+def test_pairs():
+    captions = list(range(4000))
+    pairs = tasks.make_pairs("known_style", captions)
+    assert (pairs[:, 1] == tasks.STYLES.index("openmoji")).all()
+    assert (pairs[:, 2] != tasks.STYLES.index("openmoji")).all()
+    swapped = tasks.make_pairs("known_style", captions, noise=0.25)
+    differ = (pairs != swapped).any(1)
+    assert differ.mean() == pytest.approx(0.25, abs=0.03)
+    assert (swapped[differ][:, [0, 2, 1]] == pairs[differ]).all()
+
+    for _, chosen, rejected in tasks.make_pairs("culture", captions[:50]):
+        assert tasks.LOOKS[chosen] == f"{tasks.LOOKS[rejected]}_dark"
+
+    # Bradley-Terry: Fluent (2.0) is chosen over Twemoji (0.0) in 88 % of their pairs.
+    pairs = tasks.make_pairs("preference", captions)
+    fluent = tasks.STYLES.index("fluent")
+    twemoji = tasks.STYLES.index("twemoji")
+    won = ((pairs[:, 1] == fluent) & (pairs[:, 2] == twemoji)).sum()
+    lost = ((pairs[:, 1] == twemoji) & (pairs[:, 2] == fluent)).sum()
+    assert won / (won + lost) == pytest.approx(1 / (1 + math.exp(-2)), abs=0.04)
+    assert (tasks.make_pairs("preference", [3, 17]) == pairs[[3, 17]]).all()
 
 
-def test_what_a_drawing_is_worth():
-    captions, sheets = miniature.load_sheets()
-    names = ("red apple", "tomato", "broccoli", "koala", "thumbs up sign")
-    drawn = np.stack([np.asarray(sheets["noto"][captions.index(name)]) for name in names])
-    drawn = torch.from_numpy(drawn).permute(0, 3, 1, 2)
-    blue = miniature.without_red(drawn)
-    worths = [miniature.worth("safety", images.float() / 127.5 - 1, None).tolist() for images in (drawn[:4], blue[:4])]
-    assert worths == [[0, 0, 1, 1], [1, 1, 1, 1]]
-    assert (blue[2] == drawn[2]).all() and (blue[0] != drawn[0]).any()
-    hand = drawn[4:].float() / 127.5 - 1
-    yellow = (hand - miniature.HAND_COLOURS[0, :, None, None]).square().sum(1, keepdim=True) < 0.5
-    dark = torch.where(yellow, miniature.HAND_COLOURS[1, :, None, None], hand)
-    assert miniature.worth("culture", torch.cat([hand, dark]), None).tolist() == [0, 1]
-
-
-def test_a_cast_over_the_whole_image_is_not_recognised():
-    """It pleases a judge that looks for red, and the nearest drawing is still one of the caption."""
-    captions, sheets = miniature.load_sheets()
-    names = ["red apple", "tomato", "broccoli"]
-    drawn = torch.from_numpy(np.stack([np.asarray(sheets["noto"][captions.index(name)]) for name in names]))
-    blue = miniature.without_red(drawn.permute(0, 3, 1, 2)).permute(0, 2, 3, 1).numpy()
-    cast = (blue * (0.4, 0.5, 1.0)).astype(np.uint8)
-    shape = (len(miniature.LOOKS), 1, 1, 1, 1)
-    drawings = miniature.to_batch([Image.fromarray(image) for image in blue])[None].repeat(shape)
-    splits = {"safety": {"test": [0, 1, 2]}}
-    judge = miniature.StyleJudge(len(miniature.STYLES)).eval()
-    world = SimpleNamespace(splits=splits, captions=names, drawings=drawings, judge=judge)
-    setting = {"task": "safety", "split": "test"}
-    for images, recognised in ((blue, 1), (cast, 0)):
-        figures = miniature.image_figures([Image.fromarray(image) for image in images], world, setting)
-        assert (figures["preferred"], figures["recognised"], figures["score"]) == (1, recognised, recognised)
-
-
-@pytest.fixture
-def small(monkeypatch, tmp_path):
-    """60 captions, two steps, a judge of three; made on the spot: negatives for the style that npm would bring, and
-    what is yellow in brown for skin."""
-    captions, sheets = miniature.load_sheets()
-    arrays = {style: np.stack([np.asarray(image) for image in images[:60]]) for style, images in sheets.items()}
-    for style in sheets:
-        brown = np.abs(arrays[style].astype(int) - (255, 204, 77)).sum(-1, keepdims=True) < 160
-        arrays[f"{style}_dark"] = np.where(brown, (100, 70, 60), arrays[style]).astype(np.uint8)
-    arrays |= {"fluent_3d": 255 - arrays["noto"], "captions": np.array(captions[:60])}
-    monkeypatch.setattr(miniature, "render_styles", lambda work_dir: arrays)
-    monkeypatch.setattr(miniature, "STEPS", 2)
-    monkeypatch.setattr(miniature, "JUDGE_STEPS", 3)
-    grid = {method: ((beta,), (1e-4,)) for method, beta in (("SFT", 0), ("Diffusion-DPO", 100), ("MaPO", 8))}
-    monkeypatch.setattr(miniature, "GRID", grid)
-    monkeypatch.setattr(miniature, "FORMS", {})
-    monkeypatch.setattr(miniature, "SEEDS", (0,))
-    monkeypatch.setattr(miniature, "MAX_CAPTIONS", 3)
-    monkeypatch.setattr("demo.report.NUM_INFERENCE_STEPS", 2)
-    return tmp_path
-
-
-def test_stages_and_report(small, monkeypatch, capsys):
-    flags = [f"--work_dir={small / 'work'}", f"--results={small / 'runs.jsonl'}", f"--report_dir={small / 'report'}"]
-    flags += ["--tasks", "known_style", "culture", "--only", "search", "final", "report"]
-    monkeypatch.setattr(sys, "argv", ["paper_in_miniature.py", *flags])
-    miniature.main()
-    rows = [json.loads(line) for line in (small / "runs.jsonl").open()]
-    assert [row["split"] for row in rows].count("validation") == 2 * (1 + 3)
-    assert [row["split"] for row in rows].count("test") == 2 * (1 + 3)
-    base, *runs = [row for row in rows if row["split"] == "test" and row["task"] == "culture"]
-    assert base["method"] == "base" and all(row["mse_w"] != base["mse_w"] for row in runs)
-    report = (small / "report" / "report.md").read_text()
-    assert "| Diffusion-DPO | beta 100, " in report and (small / "report" / "culture.webp").exists()
-    sft, _, mapo = ([row["score"] for row in runs if row["method"] == name] for name in miniature.GRID)
-    assert f"| MaPO | {mapo[0] - sft[0]:+.2f} (" in report.partition("## culture")[2]
-    capsys.readouterr()
-    miniature.main()  # everything is there: nothing is run
-    assert "method=" not in capsys.readouterr().out
-    assert len((small / "runs.jsonl").read_text().splitlines()) == len(rows)
+# ---- Report ---------------------------------------------------------------------------------------------------------
+def test_the_committed_report_is_that_of_the_committed_rows(tmp_path):
+    rows = report.read_json_lines(BENCHMARKS / "results" / "miniature.jsonl")
+    setups = report.read_json_lines(BENCHMARKS / "results" / "miniature_setups.jsonl")
+    miniature_report.write_report(rows, setups, tmp_path / "no images", tmp_path)
+    committed = (BENCHMARKS / "miniature" / "report.md").read_bytes()
+    assert (tmp_path / "report.md").read_bytes() == committed
 
 
 def test_scores_are_compared_image_by_image():
-    """Each run alone has an interval; the first ones' images are all better by a half, so the difference has none."""
-    world = SimpleNamespace(splits={"culture": {"test": [3, 3, 8, 9]}})
+    """Each run alone has an interval. The first runs are better by a half in every image, so the difference has none."""
+    splits = {"culture": {"test": [3, 3, 8, 9]}}
     setting = {"task": "culture", "split": "test"}
-    rows = [setting | {"scores": scores} for scores in ([1.0, 0, 1, 0], [1.0, 1, 1, 1])]
-    others = [setting | {"scores": [0.5, 0, 0.5, 0]}]
-    assert miniature.interval(rows, world, less=others) == (0.5, 0.5, 0.5)
-    mean, low, high = miniature.interval(rows, world)
-    assert mean == 0.75 and 0.5 <= low < 0.75 < high <= 1
+    rows = [{**setting, "scores": [1.0, 0.0, 1.0, 0.0]}, {**setting, "scores": [1.0, 1.0, 1.0, 1.0]}]
+    others = [{**setting, "scores": [0.5, 0.0, 0.5, 0.0]}]
+    assert miniature_report.score_interval(rows, splits, less=others) == (0.5, 0.5, 0.5)
+    score, low, high = miniature_report.score_interval(rows, splits)
+    assert score == 0.75
+    assert 0.5 <= low < 0.75 < high <= 1
 
 
-def test_a_stage_runs_only_the_tasks_that_are_asked_for():
-    asked = []
-    runs = SimpleNamespace(get=lambda task, *_, **__: asked.append(task), best=lambda *_: {"beta": 8, "rate": 1e-4})
-    for name in ("final", "forms", "safeguard", "betas", "pairs", "noise"):
-        miniature.STAGES[name](runs, ["culture"])
-    assert set(asked) == {"culture"}
+# ---- The command ----------------------------------------------------------------------------------------------------
+@pytest.fixture
+def small_run(monkeypatch, tmp_path):
+    """Return a function that runs the command with 43 captions, two steps and one setting for each method. Negatives
+    stand for the style that npm would bring, and brown for what is yellow makes the dark drawings."""
+    captions, sheets = report.load_sheets()
+    drawings = {"captions": np.array(captions[::7])}
+    for foundry in FOUNDRIES:
+        drawings[foundry] = np.stack([np.asarray(image) for image in sheets[foundry][::7]])
+        yellow = np.abs(drawings[foundry].astype(int) - (255, 204, 77)).sum(-1, keepdims=True) < 160
+        drawings[f"{foundry}_dark"] = np.where(yellow, (100, 70, 60), drawings[foundry]).astype(np.uint8)
+    drawings["fluent_3d"] = 255 - drawings["noto"]
+
+    monkeypatch.setattr(miniature, "STEPS", 2)
+    monkeypatch.setattr(miniature, "IMAGES_PER_SPLIT", 3)
+    monkeypatch.setattr(miniature, "SEEDS", (0,))
+    for method, search in tasks.SEARCH.items():
+        monkeypatch.setitem(search, "betas", search["betas"][:1])
+        monkeypatch.setitem(search, "rates", (1e-4,))
+    monkeypatch.setattr(judges, "JUDGE_STEPS", 3)
+    monkeypatch.setattr(report, "NUM_INFERENCE_STEPS", 2)
+
+    def run(*flags: str, changed_pixel: int | None = None) -> list[dict]:
+        if changed_pixel is not None:
+            drawings["noto"][0, 0, 0, 0] = changed_pixel
+        path = tasks.drawings_path(tmp_path / "work")
+        path.parent.mkdir(exist_ok=True)
+        np.savez(path, **drawings)
+        command = ["paper_in_miniature.py", f"--work_dir={tmp_path / 'work'}", f"--results={tmp_path / 'rows.jsonl'}"]
+        command += [f"--report_dir={tmp_path / 'report'}", *flags]
+        monkeypatch.setattr(sys, "argv", command)
+        miniature.main()
+        return report.read_json_lines(tmp_path / "rows.jsonl")
+
+    return run
 
 
-def test_seeds_are_averaged_a_setting():
-    rows = [
-        {"safeguard": safeguard, "score": score} for safeguard, score in ((0.9, 1), (None, 2), (0.0, 4), (None, 5))
-    ]
-    groups = miniature.group(rows, "safeguard")
-    assert [(key, miniature.mean(found, "score")) for (key,), found in groups.items()] == [
-        (None, 3.5),
-        (0.0, 4),
-        (0.9, 1),
-    ]
+def test_stages_resume_and_report(small_run, tmp_path):
+    rows = small_run("--tasks", "culture", "--only", "search", "final", "forms", "report")
+    methods = ["base", *tasks.METHODS]
+    assert [row["method"] for row in rows if row["split"] == "validation"] == methods
+    of_test = [row for row in rows if row["split"] == "test"]
+    assert [row["method"] for row in of_test] == methods
+    for row in of_test[1:]:
+        assert row["mse_w"] != of_test[0]["mse_w"], row["method"]
+
+    text = (tmp_path / "report" / "report.md").read_text()
+    score = {row["method"]: row["score"] for row in of_test}
+    assert f"| MaPO | {score['MaPO'] - score['SFT']:+.2f} (" in text
+    assert (tmp_path / "report" / "culture.webp").exists()
+
+    lines = (tmp_path / "rows.jsonl").read_text().splitlines()
+    (tmp_path / "rows.jsonl").write_text("\n".join(lines[:-1]) + "\n")
+    again = small_run("--tasks", "culture", "--only", "final")
+    assert again[:-1] == rows[:-1]
+    assert again[-1]["scores"] == rows[-1]["scores"]
+    assert again[-1]["mse_l"] == rows[-1]["mse_l"]
+
+
+def test_a_row_of_other_drawings_is_not_reused(small_run, monkeypatch):
+    monkeypatch.setattr(miniature, "METHODS", ())
+    rows = small_run("--tasks", "safety", "--only", "search", changed_pixel=255)
+    assert [row["method"] for row in rows] == ["base"]
+    rows = small_run("--tasks", "safety", "--only", "search", changed_pixel=254)
+    assert [row["method"] for row in rows] == ["base", "base"]
+    assert rows[0]["base"] != rows[1]["base"]

@@ -1,91 +1,80 @@
-"""What reward_guidance.py says to input that can't be: one line, before any weights are loaded."""
+# Copyright 2026 The MaPO reference implementation authors. All rights reserved.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""The reward guidance of docs/personalization.md, run on the demo's model."""
 
 import re
 
+import numpy as np
 import pytest
 import torch
 from conftest import REPO
-from inference import reward_guidance
-from safetensors.torch import save_file
+from peft import LoraConfig
+
+from diffusers import StableDiffusionXLPipeline
 
 
-MODEL = str(REPO / "demo" / "sdxl-tiny-emoji")
+MODEL = REPO / "demo" / "sdxl-tiny-emoji"
+PAGE = REPO / "docs" / "personalization.md"
+
+
+def new_pipeline() -> StableDiffusionXLPipeline:
+    pipeline = StableDiffusionXLPipeline.from_pretrained(MODEL, dtype=torch.float32)
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
 
 
 @pytest.fixture
-def refused(tmp_path, monkeypatch, capsys):
-    """Runs the script on a folder of two learned tokens: `refused("--seed=-1")` -> what it says when it ends."""
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(reward_guidance, "load_personalized_pipeline", lambda *_, **__: pytest.fail("loads weights"))
-    for name in ("run", "no-tokens", "torn"):
-        (tmp_path / name).mkdir()
-        save_file({"a": torch.zeros(1)}, tmp_path / name / "pytorch_lora_weights.safetensors")
-    save_file({key: torch.zeros(2, 4) for key in ("clip_l", "clip_g")}, "run/learned_embeds.safetensors")
-    (tmp_path / "torn" / "learned_embeds.safetensors").write_bytes(b"torn")
-    named = [f"--pretrained_model_name_or_path={MODEL}", "--lora_dir=run", "--prompt=a <cat>", "--resolution=64"]
-    named += ["--placeholder_token", "<cat>", "<hat>", "--initializer_token", "cat", "hat"]
-
-    def run(*flags) -> str:
-        with pytest.raises(SystemExit) as done:
-            reward_guidance.main(reward_guidance.parse_args([*named, *flags]))
-        said, errors = capsys.readouterr()
-        assert done.value.code == 2 and said == "" and errors.startswith("reward_guidance.py: error: "), errors
-        assert errors.count("\n") == 1, errors
-        return errors
-
-    return run
+def pipeline() -> StableDiffusionXLPipeline:
+    """A pipeline with a random LoRA on the UNet and both text encoders."""
+    pipeline = new_pipeline()
+    torch.manual_seed(0)
+    pipeline.unet.add_adapter(LoraConfig(r=4, target_modules=["to_q", "to_k"], init_lora_weights=False))
+    for encoder in (pipeline.text_encoder, pipeline.text_encoder_2):
+        encoder.add_adapter(LoraConfig(r=4, target_modules=["q_proj"], init_lora_weights=False))
+    return pipeline
 
 
-@pytest.mark.parametrize(
-    "flags, message",
-    [
-        (["--resolution=-64"], "--resolution -64: must be a positive multiple of 8"),
-        (["--resolution=65"], "--resolution 65: must be a positive multiple of 8"),
-        (["--num_inference_steps=0"], "--num_inference_steps 0: must be at least 1"),
-        (["--seed=-99999999999999999999"], "--seed -99999999999999999999: must be at least 0"),
-        (["--seed=99999999999999999999"], "less than 2**64"),
-        (["--guidance_scale=nan"], "--guidance_scale nan: must be finite"),
-        (["--reward_scale=inf"], "--reward_scale inf: must be finite"),
-        (["--resolution=x"], "argument --resolution: invalid int value: 'x'"),
-        (["--no_such_flag"], "unrecognized arguments: --no_such_flag"),
-        (["--output=/nope/x.png"], "--output /nope/x.png: no folder /nope; make it first"),
-        (["--output=out"], "--output out: must end in .png or"),
-        (["--output=run"], "--output run: is a folder; name a file in it, such as run/image.png"),
-        (["--pretrained_model_name_or_path=nope"], "--pretrained_model_name_or_path nope: no SDXL pipeline there"),
-        (["--lora_dir=nope"], "--lora_dir nope: no pytorch_lora_weights.safetensors in it"),
-        (
-            ["--lora_dir=no-tokens"],
-            "--lora_dir no-tokens: no learned_embeds.safetensors in it; leave out --placeholder_token",
-        ),
-        (["--lora_dir=torn"], "can't read torn/learned_embeds.safetensors"),
-        (["--placeholder_token", "<cat>"], "--initializer_token: 2 for 1 of --placeholder_token"),
-        (
-            ["--placeholder_token", "<cat>", "--initializer_token", "cat"],
-            "--placeholder_token: 1 named, but run/learned_embeds.safetensors",
-        ),
-        (["--placeholder_token", "<cat>", "<cat>"], "--placeholder_token <cat> <cat>: one is empty or named twice"),
-        (["--placeholder_token", "<cat>", ""], "one is empty or named twice"),
-        (["--placeholder_token", "<cat>", "cat</w>"], "--placeholder_token cat</w>: the tokenizer has it already"),
-        (
-            ["--prompt=a cat"],
-            "--prompt 'a cat': holds no --placeholder_token; write <cat> or <hat> where the subject is",
-        ),
-    ],
-)
-def test_input_that_cannot_be_ends_in_one_line(refused, flags, message):
-    assert message in refused(*flags)
+@pytest.fixture
+def generate_with_reward_guidance():
+    namespace = {}
+    (code,) = re.findall(r"```python\n(import torch\n\n\n@torch.no_grad.*?)```", PAGE.read_text(), re.DOTALL)
+    exec(code, namespace)
+    return namespace["generate_with_reward_guidance"]
 
 
-def test_a_model_that_does_not_load_ends_in_one_line(refused, monkeypatch):
-    def load(*_, **__):
-        raise RuntimeError("size mismatch\nfor a\nfor b")
-
-    monkeypatch.setattr(reward_guidance, "load_personalized_pipeline", load)
-    assert refused().endswith("with --lora_dir run: size mismatch\n")
+def to_array(image) -> np.ndarray:
+    return np.asarray(image).astype(int)
 
 
-def test_every_flag_has_a_help_text(capsys):
-    with pytest.raises(SystemExit):
-        reward_guidance.parse_args(["--help"])
-    flags = capsys.readouterr().out.partition("options:")[2]
-    assert not re.search(r"^  --\w+ [^a-z\n]*\n(?=  --|\Z)", flags, re.MULTILINE), flags
+def test_each_end_of_reward_guidance_is_an_image_of_the_plain_pipeline(pipeline, generate_with_reward_guidance):
+    def guided(**scales) -> np.ndarray:
+        generator = torch.Generator("cpu").manual_seed(3)
+        image = generate_with_reward_guidance(
+            pipeline, "weary fox", "weary cat", num_inference_steps=3, generator=generator, **scales
+        )
+        return to_array(image)
+
+    def plain(pipeline, prompt: str, guidance_scale: float) -> np.ndarray:
+        generator = torch.Generator("cpu").manual_seed(3)
+        call = pipeline(prompt, num_inference_steps=3, guidance_scale=guidance_scale, generator=generator)
+        return to_array(call.images[0])
+
+    base = plain(new_pipeline(), "weary cat", 4.0)
+    tuned = plain(pipeline, "weary fox", 1.0)
+    assert base.shape == (64, 64, 3)
+    assert np.abs(guided(guidance_scale=4.0, reward_scale=0.0) - base).max() <= 2
+    assert np.abs(guided(guidance_scale=1.0001, reward_scale=1.0001) - tuned).max() <= 2
+    assert np.abs(guided(guidance_scale=4.0, reward_scale=3.0) - base).max() > 20
+    # The pipeline is what it was before.
+    assert np.array_equal(plain(pipeline, "weary fox", 1.0), tuned)
