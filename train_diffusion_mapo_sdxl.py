@@ -160,6 +160,9 @@ DATASET_BUILDERS = {
 # Pairs in a cache file. A run that is killed while it encodes starts again with the next file.
 PAIRS_PER_CACHE_FILE = 256
 
+# Part of every cache file's key. Change it when images are loaded, resized or encoded in another way.
+ENCODING_VERSION = 1
+
 # Settings that a resumed run may change without changing what it trains.
 SETTINGS_THAT_MAY_CHANGE = {
     "allow_tf32",
@@ -176,7 +179,6 @@ SETTINGS_THAT_MAY_CHANGE = {
     "hub_model_id",
     "hub_token",
     "image_root",
-    "is_demo",
     "is_demo",
     "logging_dir",
     "lora_weights",  # are in the checkpoint
@@ -250,12 +252,12 @@ def parse_args(input_args: list[str] | None = None) -> argparse.Namespace:
         type=str,
         default=None,
         choices=["epsilon", "v_prediction"],
-        help="What the UNet predicts, if the model doesn't say so or says it wrongly.",
+        help="What the UNet predicts. Pass this only if the model's config is missing or wrong.",
     )
     parser.add_argument(
         "--rescale_betas_zero_snr",
         action="store_true",
-        help="Use a noise schedule with zero terminal SNR, if the model doesn't say that it needs one.",
+        help="Use a noise schedule with zero terminal SNR. Pass this only if the model's config lacks it.",
     )
 
     # Data
@@ -267,12 +269,15 @@ def parse_args(input_args: list[str] | None = None) -> argparse.Namespace:
     )
     parser.add_argument("--dataset_config_name", type=str, default=None, help="Configuration of the data set.")
     parser.add_argument(
-        "--dataset_split_name", type=str, default="train", help="Split to train on. Several: train+validation."
+        "--dataset_split_name",
+        type=str,
+        default="train",
+        help="Split to train on. Join several with a plus: train+validation.",
     )
     parser.add_argument(
         "--streaming",
         action="store_true",
-        help="Read only as much of the data set as the run needs. Nothing else is downloaded.",
+        help="Stream the data set and download only what the run needs.",
     )
     parser.add_argument(
         "--image_root",
@@ -287,9 +292,9 @@ def parse_args(input_args: list[str] | None = None) -> argparse.Namespace:
         "--image_0_column",
         type=str,
         default=None,
-        help="Column with the first images, if labels decide which one won.",
+        help="Column with image 0 of each pair, for data sets whose labels say which image won.",
     )
-    parser.add_argument("--image_1_column", type=str, default=None, help="Column with the second images.")
+    parser.add_argument("--image_1_column", type=str, default=None, help="Column with image 1 of each pair.")
     parser.add_argument(
         "--label_0_column",
         type=str,
@@ -302,7 +307,7 @@ def parse_args(input_args: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         "--use_aspect_ratio_buckets",
         action="store_true",
-        help="Train on images of several shapes, with about resolution x resolution pixels each, not on squares.",
+        help="Crop images to the nearest of several shapes, each with about resolution x resolution pixels, instead of to squares.",
     )
     parser.add_argument(
         "--aspect_ratio_buckets",
@@ -311,7 +316,11 @@ def parse_args(input_args: list[str] | None = None) -> argparse.Namespace:
         help="The shapes to train on, as height,width;height,width;... Defaults to 11 shapes from 1:2 to 2:1.",
     )
     parser.add_argument("--random_crop", action="store_true", help="Crop at a random place instead of the center.")
-    parser.add_argument("--random_flip", action="store_true", help="Mirror half of the pairs, both images or none.")
+    parser.add_argument(
+        "--random_flip",
+        action="store_true",
+        help="Mirror a random half of the pairs. Both images of a pair are mirrored together.",
+    )
     parser.add_argument(
         "--proportion_empty_prompts",
         type=float,
@@ -325,7 +334,7 @@ def parse_args(input_args: list[str] | None = None) -> argparse.Namespace:
         help="Folder for downloads and for encoded pairs. Defaults to the hub's own cache.",
     )
     parser.add_argument(
-        "--dataloader_num_workers", type=int, default=0, help="Number of processes that read the encoded pairs."
+        "--dataloader_num_workers", type=int, default=0, help="Number of worker processes that load the encoded pairs."
     )
 
     # Method
@@ -352,7 +361,9 @@ def parse_args(input_args: list[str] | None = None) -> argparse.Namespace:
         const=None,
         help="Train the demo with the paper's own loss.",
     )
-    parser.add_argument("--noise_offset", type=float, default=0.0, help="Scale of the noise offset.")
+    parser.add_argument(
+        "--noise_offset", type=float, default=0.0, help="Strength of the noise offset. 0 turns it off."
+    )
 
     # LoRA
     parser.add_argument("--use_lora", action="store_true", help="Train a LoRA instead of all weights.")
@@ -385,7 +396,10 @@ def parse_args(input_args: list[str] | None = None) -> argparse.Namespace:
         "--num_train_epochs", type=int, default=None, help="Passes over the pairs, instead of --max_train_steps."
     )
     parser.add_argument(
-        "--max_train_steps", type=int, default=None, help="Optimizer steps. Defaults to 2000, or as the epochs need."
+        "--max_train_steps",
+        type=int,
+        default=None,
+        help="Number of optimizer steps. Defaults to 2000, unless --num_train_epochs is given.",
     )
     parser.add_argument(
         "--learning_rate",
@@ -403,20 +417,24 @@ def parse_args(input_args: list[str] | None = None) -> argparse.Namespace:
         choices=[schedule.value for schedule in SchedulerType if schedule != SchedulerType.PIECEWISE_CONSTANT],
         help="Learning rate schedule.",
     )
-    parser.add_argument("--lr_warmup_steps", type=int, default=0, help="Steps in which the learning rate rises.")
+    parser.add_argument(
+        "--lr_warmup_steps", type=int, default=0, help="Number of warmup steps, during which the learning rate rises."
+    )
     parser.add_argument("--lr_num_cycles", type=int, default=1, help="Restarts of cosine_with_restarts.")
     parser.add_argument(
         "--optimizer", type=str, default="adamw", choices=["adamw", "prodigy"], help="Optimizer to train with."
     )
     parser.add_argument(
-        "--use_8bit_adam", action="store_true", help="Use 8-bit AdamW, which keeps two bytes a weight, not eight."
+        "--use_8bit_adam",
+        action="store_true",
+        help="Use 8-bit AdamW, which needs two bytes of state per weight instead of eight.",
     )
     parser.add_argument("--adam_beta1", type=float, default=0.9, help="Adam's beta1.")
     parser.add_argument("--adam_beta2", type=float, default=0.999, help="Adam's beta2.")
     parser.add_argument("--adam_weight_decay", type=float, default=1e-2, help="Weight decay.")
-    parser.add_argument("--max_grad_norm", type=float, default=1.0, help="Norm at which gradients are clipped.")
+    parser.add_argument("--max_grad_norm", type=float, default=1.0, help="Clip gradients to this norm.")
     parser.add_argument("--use_ema", action="store_true", help="Average the weights, and save the average.")
-    parser.add_argument("--ema_decay", type=float, default=0.9999, help="Largest decay of the averaged weights.")
+    parser.add_argument("--ema_decay", type=float, default=0.9999, help="Maximum decay of the weight average.")
     parser.add_argument("--seed", type=int, default=0, help="Seed for everything that is random.")
 
     # Speed and memory
@@ -462,7 +480,7 @@ def parse_args(input_args: list[str] | None = None) -> argparse.Namespace:
         "--num_validation_pairs",
         type=int,
         default=0,
-        help="Number of pairs to hold out from training. Their errors and accuracy are logged.",
+        help="Number of pairs to hold out of training, to measure errors and accuracy on.",
     )
     parser.add_argument(
         "--validation_split_name",
@@ -486,7 +504,7 @@ def parse_args(input_args: list[str] | None = None) -> argparse.Namespace:
         type=str,
         default="fp32",
         choices=["fp32", "fp16", "bf16"],
-        help="Precision of the saved pipeline. A small learning rate changes weights by less than fp16 can hold.",
+        help="Precision of the saved pipeline. fp16 can round away the small changes of a low learning rate.",
     )
     parser.add_argument(
         "--logging_dir", type=str, default="logs", help="Folder for the tracker's files, inside --output_dir."
@@ -528,7 +546,7 @@ def parse_args(input_args: list[str] | None = None) -> argparse.Namespace:
 
 
 def check_args(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
-    """Refuse what would be ignored or would train something else than the user thinks."""
+    """Refuse arguments that would be ignored, or that wouldn't do what the user expects."""
     if args.pretrained_model_name_or_path is None or args.dataset_name is None:
         parser.error("pass both --pretrained_model_name_or_path and --dataset_name")
     for name in ("train_batch_size", "gradient_accumulation_steps", "checkpointing_steps", "validation_steps"):
@@ -549,11 +567,11 @@ def check_args(parser: argparse.ArgumentParser, args: argparse.Namespace) -> Non
     if args.validation_split_name is not None and args.num_validation_pairs == 0 and not args.is_demo:
         parser.error("--validation_split_name needs --num_validation_pairs")
     if args.use_8bit_adam and args.optimizer != "adamw":
-        parser.error(f"--use_8bit_adam: is for --optimizer adamw, not {args.optimizer}")
+        parser.error(f"--use_8bit_adam: works only with --optimizer adamw, not {args.optimizer}")
     if args.output_kohya_format and not (args.use_lora or args.lora_weights):
         parser.error("--output_kohya_format needs --use_lora")
     if args.streaming and args.max_train_steps is None and args.num_train_epochs is not None:
-        parser.error("--streaming: the length of a stream isn't known, so name --max_train_steps instead of epochs")
+        parser.error("--streaming: a stream has no known length; pass --max_train_steps instead of --num_train_epochs")
     if args.report_to == "wandb" and not is_wandb_available():
         parser.error("--report_to wandb: pip install wandb")
     if args.report_to == "wandb" and args.hub_token is not None:
@@ -854,7 +872,7 @@ def load_pairs(
         columns = find_known_columns(column_names)
         if columns is None:
             raise ValueError(
-                f"--dataset_name {dataset_name}: the columns {', '.join(column_names)} are those of no known data set. "
+                f"--dataset_name {dataset_name}: the columns {', '.join(column_names)} don't match any known data set. "
                 "Pass --caption_column with --chosen_column and --rejected_column, or with --image_0_column, "
                 "--image_1_column and --label_0_column. A folder of images needs the folders w/ and l/."
             )
@@ -931,7 +949,7 @@ def load_pair_folders(path: Path) -> datasets.Dataset:
             if file.suffix.lower() not in suffixes:
                 passed_over.append(f"{side}/{file.name}")
             elif file.stem in files:
-                raise ValueError(f"{file}: {files[file.stem].name} has the same name; which one is the image?")
+                raise ValueError(f"{file}: {files[file.stem].name} has the same name; delete or rename one of the two")
             else:
                 files[file.stem] = file
     if passed_over:
@@ -1029,7 +1047,7 @@ def read_stream(
     progress_bar = tqdm(total=max_pairs, desc="Reading the stream")
     with datasets.arrow_writer.ArrowWriter(path=str(stream_file), features=features) as writer:
         for row in rows:
-            table = datasets.Dataset.from_list([row])
+            table = datasets.Dataset.from_list([{k: v for k, v in row.items() if k not in (image_0, image_1)}])
             preference = read_preferences(table, label_0, label_1)[0]
             if preference == 0.5 or math.isnan(preference):
                 continue
@@ -1081,7 +1099,7 @@ def load_image(file: bytes | str | Path | dict) -> Image.Image:
     icc_profile = image.info.get("icc_profile")
     image = ImageOps.exif_transpose(image)
     if image.mode in ("I", "F"):
-        raise ValueError("has 32 bits per channel, and which value is white isn't known; save it with 8 or 16 bits")
+        raise ValueError("has 32 bits per channel, so its white level is unknown; save it with 8 or 16 bits")
     if image.mode.startswith("I;16"):
         image = Image.fromarray((np.asarray(image) / 257).round().astype(np.uint8))
     if image.has_transparency_data:
@@ -1109,7 +1127,7 @@ def resize_and_crop(
 ) -> tuple[torch.Tensor, list[int]]:
     """Resize an image so that it covers height x width, crop what sticks out, and mirror it if `flip`.
 
-    `crop` says where in the room that there is, from top left (0, 0) to bottom right (1, 1).
+    `crop` is the position of the crop, from top left (0, 0) to bottom right (1, 1).
 
     Returns:
         The pixels in [-1, 1], shape (3, height, width), and SDXL's micro-conditioning: original size, top left corner of
@@ -1200,6 +1218,7 @@ def encode_pairs(
     random_flip: bool,
     seed: int,
     cache_dir: Path,
+    models_hash: str,
     accelerator: Accelerator,
 ) -> datasets.Dataset:
     """Encode pairs with the VAE and the text encoders, which are on their device already, or read them from the cache.
@@ -1266,10 +1285,14 @@ def encode_pairs(
         progress_bar.update(len(images_w) * accelerator.num_processes)
         return encoded
 
-    models = hash_components(
-        pipeline.vae, pipeline.text_encoder, pipeline.text_encoder_2, pipeline.tokenizer, pipeline.tokenizer_2
-    )
-    settings = [models, pipeline.config.force_zeros_for_empty_prompt, buckets, random_crop, random_flip]
+    settings = [
+        ENCODING_VERSION,
+        models_hash,
+        pipeline.config.force_zeros_for_empty_prompt,
+        buckets,
+        random_crop,
+        random_flip,
+    ]
     if random_crop or random_flip:
         settings.append(seed)
     starts = range(0, len(pairs), PAIRS_PER_CACHE_FILE)
@@ -1426,17 +1449,17 @@ def sample_noise(
     Those of a pair depend on the seed and on its position in the run alone, so they don't change with the number of
     processes, and a resumed run repeats them. Training is stream 0, held-out pairs are stream 1.
     """
-    generator = torch.Generator(device)
-    noise = torch.empty((len(positions), *shape), device=device)
-    timesteps = torch.empty(len(positions), dtype=torch.long, device=device)
+    generator = torch.Generator()  # on the CPU, so that the numbers don't depend on the device
+    noise = torch.empty((len(positions), *shape))
+    timesteps = torch.empty(len(positions), dtype=torch.long)
     for i, position in enumerate(positions):
         # On a CPU, torch uses only 32 bits of a seed, so the numbers must be mixed and not just added.
         generator.manual_seed(int(np.random.SeedSequence((seed, stream, position)).generate_state(1)[0]))
-        noise[i] = torch.randn(shape, generator=generator, device=device)
-        timesteps[i] = torch.randint(num_train_timesteps, (), generator=generator, device=device)
+        noise[i] = torch.randn(shape, generator=generator)
+        timesteps[i] = torch.randint(num_train_timesteps, (), generator=generator)
         if noise_offset > 0:
-            noise[i] += noise_offset * torch.randn((shape[0], 1, 1), generator=generator, device=device)
-    return noise, timesteps
+            noise[i] += noise_offset * torch.randn((shape[0], 1, 1), generator=generator)
+    return noise.to(device), timesteps.to(device)
 
 
 def compute_loss(
@@ -1631,7 +1654,7 @@ def check_run(run: dict, checkpoint: Path, state: dict) -> None:
 def load_checkpoint(checkpoint: Path, accelerator: Accelerator) -> None:
     random_states = checkpoint / f"random_states_{accelerator.process_index}.pkl"
     try:
-        accelerator.load_state(str(checkpoint))
+        accelerator.load_state(str(checkpoint), map_location="cpu")  # else the optimizer is on the device twice
         if random_states.exists() and accelerator.step == 0:  # accelerate ignores it
             raise ValueError(f"{random_states.name} is damaged")
     except Exception as error:  # torch and safetensors raise errors of many kinds for damaged files
@@ -1744,7 +1767,7 @@ def generate_images(
         images.extend(zip(indices, decoded))
         progress_bar.update(len(indices) * accelerator.num_processes)
     progress_bar.close()
-    vae.disable_tiling()  # it would change what is encoded
+    vae.disable_tiling()  # it would change what the VAE encodes
     vae.to("cpu")
     unet.train()
     return [image for _, image in sorted(gather_object(images), key=lambda item: item[0])]
@@ -1841,21 +1864,27 @@ def save_lora(
         state_dict = get_peft_model_state_dict(module)
         layers[f"{name}_lora_layers"] = {f"{prefix}{key}": value.contiguous() for key, value in state_dict.items()}
         metadata[f"{name}_lora_adapter_metadata"] = module.peft_config["default"].to_dict()
-        named = {f"{name}.{prefix}{key}": value for key, value in state_dict.items()}
-        converted = convert_state_dict_to_kohya(named)
-        for key, value in named.items():
-            if key.endswith("lora_A.weight"):  # the conversion writes the rank where the alpha belongs
-                layer = key.removeprefix(f"{name}.{prefix}").removesuffix(".lora_A.weight")
-                scaling = module.get_submodule(layer).scaling["default"]
-                alpha_key = next(iter(convert_state_dict_to_kohya({key: value}))).split(".")[0] + ".alpha"
-                converted[alpha_key] = torch.tensor(scaling * len(value))
-        kohya.update(converted)
+        if kohya_format:
+            kohya.update(lora_to_kohya(module, state_dict, f"{name}.{prefix}"))
     temporary = output_dir / "tmp-lora.safetensors"
     pipeline.save_lora_weights(output_dir, weight_name=temporary.name, **layers, **metadata)
     move_into_place(temporary, output_dir / "pytorch_lora_weights.safetensors")
     if kohya_format:
-        save_file({key: value.contiguous() for key, value in kohya.items()}, temporary)
+        save_file(kohya, temporary)
         move_into_place(temporary, output_dir / "pytorch_lora_weights_kohya.safetensors")
+
+
+def lora_to_kohya(
+    module: torch.nn.Module, state_dict: dict[str, torch.Tensor], prefix: str
+) -> dict[str, torch.Tensor]:
+    """Convert a model's LoRA to kohya's names. diffusers' conversion writes the rank where the alpha belongs."""
+    kohya = convert_state_dict_to_kohya({f"{prefix}{key}": value for key, value in state_dict.items()})
+    for key, value in state_dict.items():
+        if key.endswith(".lora_A.weight"):
+            scaling = module.get_submodule(key.removesuffix(".lora_A.weight")).scaling["default"]
+            kohya_key = next(iter(convert_state_dict_to_kohya({f"{prefix}{key}": value})))
+            kohya[kohya_key.split(".")[0] + ".alpha"] = torch.tensor(scaling * len(value))
+    return {key: value.contiguous() for key, value in kohya.items()}
 
 
 def save_pipeline(pipeline: StableDiffusionXLPipeline, output_dir: Path) -> None:
@@ -1990,6 +2019,8 @@ def make_accelerator(args: argparse.Namespace) -> Accelerator:
         num_cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
         torch.set_num_threads(max(1, num_cores // accelerator.num_processes))
         torch.set_flush_denormal(True)
+    if accelerator.distributed_type == DistributedType.FSDP:
+        raise ValueError("FSDP isn't supported; use configs/ddp.yaml")
     if args.allow_tf32:
         torch.set_float32_matmul_precision("high")
     set_seed(args.seed)
@@ -2043,6 +2074,12 @@ class StopSignal:
         return self.name is not None
 
 
+def ignore_signals(worker_id: int) -> None:
+    """Let a worker of the data loader live until the main process ends it, so that a checkpoint can be written first."""
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+
 def warn_if_errors_rise(history: list[dict], pairs_per_step: int) -> bool:
     """Warn once if the winners' error rises, on held-out pairs or in training. Returns whether it did.
 
@@ -2060,7 +2097,7 @@ def warn_if_errors_rise(history: list[dict], pairs_per_step: int) -> bool:
     else:
         return False
     logger.warning(
-        f"Step {history[-1]['step']}: {message}. The model unlearns what it should prefer, and images may be ruined. "
+        f"Step {history[-1]['step']}: {message}. The model is getting worse at what it should prefer, and its images may be damaged. "
         "Try a lower --learning_rate, a larger --beta_mapo, or --safeguard 0.8."
     )
     return True
@@ -2091,7 +2128,7 @@ def warn_of_long_captions(captions: list[str], tokenizer: transformers.CLIPToken
     long = [caption for caption in captions if len(tokenizer(caption).input_ids) > limit]
     if long:
         logger.warning(
-            f"{len(long)} of {len(captions)} captions have more than {limit - 2} tokens, and the rest is cut off. "
+            f"{len(long)} of {len(captions)} captions have more than {limit - 2} tokens and are cut off there. "
             f"The first one: {long[0][:100]!r}"
         )
 
@@ -2135,6 +2172,8 @@ def load_run_pairs(
     if len(pairs) <= args.num_validation_pairs:
         raise ValueError(f"--num_validation_pairs {args.num_validation_pairs}: there are only {len(pairs)} pairs")
     order = np.random.default_rng((args.seed, 4)).permutation(len(pairs))
+    if args.streaming:
+        order = np.arange(len(pairs))
     held_out_pairs = pairs.select(order[: args.num_validation_pairs])
     return pairs.select(np.sort(order[args.num_validation_pairs :])), held_out_pairs
 
@@ -2147,7 +2186,7 @@ def log_shapes(encoded: datasets.Dataset, buckets: list[tuple[int, int]]) -> Non
             logger.info(f"Bucket {height} x {width}: {np.sum(bucket_of_pair == bucket)} pairs")
     cropped_w = np.mean(np.array(encoded["crop_w"])[bucket_of_pair >= 0])
     cropped_l = np.mean(np.array(encoded["crop_l"])[bucket_of_pair >= 0])
-    logger.info(f"Cropping leaves out {cropped_w:.1%} of the chosen images and {cropped_l:.1%} of the rejected ones.")
+    logger.info(f"Cropping removes {cropped_w:.1%} of the chosen images and {cropped_l:.1%} of the rejected ones.")
 
 
 def warn_of_shared_images(pair_hashes: list[list[str]], held_out_hashes: list[list[str]]) -> None:
@@ -2170,8 +2209,13 @@ def configure_deepspeed(
     The weights stay in fp32 and the computation is autocast, as without DeepSpeed: a bf16 weight would lose an update of
     1e-7.
     """
+    if weight_dtype == torch.float16:
+        raise ValueError("--mixed_precision fp16: there is no loss scaling with DeepSpeed; use bf16")
     config = accelerator.state.deepspeed_plugin.deepspeed_config
+    if config["zero_optimization"]["stage"] > 2:
+        raise ValueError("DeepSpeed: ZeRO-3 isn't supported; use configs/zero2.yaml")
     config["train_micro_batch_size_per_gpu"] = args.train_batch_size
+    config["gradient_accumulation_steps"] = args.gradient_accumulation_steps
     config["gradient_clipping"] = args.max_grad_norm
     config["bf16"]["enabled"] = False
     config["fp16"]["enabled"] = False
@@ -2189,6 +2233,7 @@ def main(args: argparse.Namespace) -> None:
             flush=True,
         )
     accelerator = make_accelerator(args)
+    accelerator.gradient_accumulation_steps = args.gradient_accumulation_steps  # a config of accelerate may differ
     output_dir = Path(args.output_dir)
     output_dir.mkdir(parents=True, exist_ok=True)
     checkpoint = find_checkpoint(args.resume_from_checkpoint, output_dir, args.overwrite_output_dir)
@@ -2224,6 +2269,8 @@ def main(args: argparse.Namespace) -> None:
             f"{args.max_train_steps} steps."
         )
     first_epoch = np.random.default_rng((args.seed, 3, 0)).permutation(len(pairs))
+    if args.streaming:
+        first_epoch = np.arange(len(pairs))  # shuffled already, and in the same order if the run is extended
     if num_drawn is not None and num_drawn < len(pairs):
         pairs = pairs.select(first_epoch[:num_drawn])
         first_epoch = np.arange(num_drawn)
@@ -2272,6 +2319,7 @@ def main(args: argparse.Namespace) -> None:
     # A resumed run must be the run that the checkpoint belongs to.
     encoders = [pipeline.vae, pipeline.text_encoder, pipeline.text_encoder_2]
     run = {f"--{name}": value for name, value in vars(args).items() if name not in SETTINGS_THAT_MAY_CHANGE}
+    run["--mixed_precision"] = accelerator.mixed_precision
     run["pairs in a step"] = pairs_per_step
     run["the hash of VAE and text encoders"] = hash_components(*encoders, pipeline.tokenizer, pipeline.tokenizer_2)
     run["the hash of the base model"] = base_model_hash
@@ -2298,6 +2346,7 @@ def main(args: argparse.Namespace) -> None:
         "random_flip": args.random_flip,
         "seed": args.seed,
         "cache_dir": cached_assets_path("mapo", "encoded-pairs", assets_dir=args.cache_dir),
+        "models_hash": run["the hash of VAE and text encoders"],
         "accelerator": accelerator,
     }
     with offload_models(*encoders, device=accelerator.device), torch.no_grad():
@@ -2305,7 +2354,6 @@ def main(args: argparse.Namespace) -> None:
         if held_out_pairs is not None:
             held_out_hashes = hash_pairs(held_out_pairs, accelerator)
             encoded_held_out = encode_pairs(held_out_pairs, held_out_hashes, **encode_options)
-        empty_prompt = encode_prompts(pipeline, [""], accelerator.device)
         embeddings = [encode_prompts(pipeline, [prompt], accelerator.device) for prompt in [*prompts, ""]]
     prompt_embeds = torch.cat([embeds for embeds, _ in embeddings]).cpu()
     pooled_prompt_embeds = torch.cat([pooled for _, pooled in embeddings]).cpu()
@@ -2319,7 +2367,7 @@ def main(args: argparse.Namespace) -> None:
     latent_options = {
         "vae_scale_factor": pipeline.vae_scale_factor,
         "latent_channels": pipeline.vae.config.latent_channels,
-        "empty_prompt": empty_prompt,
+        "empty_prompt": embeddings[-1],
         "seed": args.seed,
     }
     bucket_of_pair = np.array(encoded["bucket"])
@@ -2338,17 +2386,11 @@ def main(args: argparse.Namespace) -> None:
             f"--dataset_name {args.dataset_name}: its pairs aren't those that {checkpoint} was trained on"
         )
 
-    # Images of the model before it is trained.
-    unet.to(accelerator.device)
-    images_before = []
-    if args.validation_prompts is not None or not args.skip_final_inference:
-        logger.info(f"Generating {len(prompts)} images before training.")
-        images_before = generate_images(pipeline, unet, prompt_embeds, pooled_prompt_embeds, args, accelerator)
-
     # Optimizer
+    unet.to(accelerator.device)
     unet.train()
     if args.compile:
-        unet.compile_repeated_blocks(fullgraph=True)
+        unet.compile_repeated_blocks(fullgraph=True, dynamic=True if len(buckets) > 1 else None)
     parameters = [parameter for parameter in unet.parameters() if parameter.requires_grad]
     if args.scale_lr:
         args.learning_rate = args.learning_rate * pairs_per_step
@@ -2364,11 +2406,20 @@ def main(args: argparse.Namespace) -> None:
         configure_deepspeed(unet, weight_dtype, args, accelerator)
     unet, optimizer = accelerator.prepare(unet, optimizer)
     unwrapped_unet = accelerator.unwrap_model(unet)
+
+    # Images of the model before it is trained.
+    images_before = []
+    if args.validation_prompts is not None or not args.skip_final_inference:
+        logger.info(f"Generating {len(prompts)} images before training.")
+        images_before = generate_images(
+            pipeline, unwrapped_unet, prompt_embeds, pooled_prompt_embeds, args, accelerator
+        )
+
+    # What is in a checkpoint besides the UNet and the optimizer?
     accelerator.register_for_checkpointing(lr_scheduler)  # not prepared, or it would step once per process
     ema_unet = None
     if args.use_ema:
-        ema_unet = EMAModel(parameters, decay=args.ema_decay, use_ema_warmup=True, power=0.75)
-        ema_unet.to(accelerator.device)
+        ema_unet = EMAModel(parameters, decay=args.ema_decay, use_ema_warmup=True, power=0.75, foreach=True)
         accelerator.register_for_checkpointing(ema_unet)
     if args.use_lora and accelerator.distributed_type != DistributedType.DEEPSPEED:
         # Checkpoints hold the LoRA instead of the whole UNet.
@@ -2377,6 +2428,8 @@ def main(args: argparse.Namespace) -> None:
         accelerator.register_for_checkpointing(torch.nn.ParameterList(parameters))
     if checkpoint is not None:
         load_checkpoint(checkpoint, accelerator)
+        if ema_unet is not None:
+            ema_unet.to(accelerator.device)  # accelerate has loaded it to the CPU
         logger.info(f"Resumed from {checkpoint}.")
 
     # Training
@@ -2397,6 +2450,7 @@ def main(args: argparse.Namespace) -> None:
         batch_sampler=batches,
         num_workers=args.dataloader_num_workers,
         pin_memory=accelerator.device.type == "cuda",
+        worker_init_fn=ignore_signals,
         generator=torch.Generator(),  # else it takes from the random numbers that --lora_dropout uses
     )
 
@@ -2456,14 +2510,15 @@ def main(args: argparse.Namespace) -> None:
                 raise ValueError(
                     f"Step {global_step} isn't finite, and DeepSpeed has applied it. Resume from a checkpoint."
                 )
-            logger.warning(f"Step {global_step} is skipped, because its gradient isn't finite.")
+            logger.warning(f"Step {global_step} is skipped: its gradient isn't finite.")
 
         # Log means over the step's batches and all processes.
-        extra = torch.stack([grad_norm, torch.tensor(float(stop_signal.came()), device=accelerator.device)])
-        values = torch.cat([torch.stack(step_metrics).mean(dim=0), extra])
-        values = accelerator.reduce(values, reduction="mean").tolist()
-        record = {"step": global_step, **dict(zip(MaPOLoss._fields, values))}
-        record["grad_norm"] = values[-2]
+        means = dict(zip(MaPOLoss._fields, torch.stack(step_metrics).mean(dim=0)))
+        means["grad_norm"] = grad_norm
+        means["stop"] = torch.tensor(float(stop_signal.came()), device=accelerator.device)
+        values = accelerator.reduce(torch.stack(list(means.values())), reduction="mean").tolist()
+        record = {"step": global_step, **dict(zip(means, values))}
+        stopped = record.pop("stop") > 0
         record["learning_rate"] = lr_scheduler.get_last_lr()[0]
         record["pairs_per_second"] = pairs_per_step / (time.perf_counter() - step_started)
         if accelerator.device.type == "cuda":
@@ -2472,7 +2527,6 @@ def main(args: argparse.Namespace) -> None:
         shown = {name: f"{record[name]:.3g}" for name in ("loss", "mse_w", "margin", "accuracy", "margin_weight")}
         progress_bar.update(1)
         progress_bar.set_postfix(shown)
-        stopped = values[-1] > 0
         step_metrics = []
 
         is_validation_step = global_step % args.validation_steps == 0 or global_step == args.max_train_steps
@@ -2488,7 +2542,7 @@ def main(args: argparse.Namespace) -> None:
         if stopped:
             progress_bar.close()
             logger.info(
-                f"{stop_signal.name or 'Stopped'}: {saved} is written; --resume_from_checkpoint latest resumes."
+                f"{stop_signal.name or 'Stopped'}: {saved} is written. Resume with --resume_from_checkpoint latest."
             )
             break
         if is_validation_step and args.validation_prompts is not None and global_step < args.max_train_steps:
@@ -2532,6 +2586,7 @@ def main(args: argparse.Namespace) -> None:
             print(f"Done in {time.perf_counter() - started:.0f} s. The result is in {output_dir}.")
             if args.is_demo:
                 print(f"What has changed? python demo/report.py {output_dir}")
+    accelerator.wait_for_everyone()
     del unet, optimizer  # DDP must be freed before its process group, or it can wait for it forever
     accelerator.free_memory()
     accelerator.end_training()

@@ -86,6 +86,7 @@ from accelerate import Accelerator
 from accelerate.utils import (
     AutocastKwargs,
     DistributedDataParallelKwargs,
+    DistributedType,
     InitProcessGroupKwargs,
     ProjectConfiguration,
     gather_object,
@@ -219,12 +220,12 @@ def parse_args(input_args: list[str] | None = None) -> argparse.Namespace:
         type=str,
         default=None,
         choices=["epsilon", "v_prediction"],
-        help="What the UNet predicts, if the model doesn't say so or says it wrongly.",
+        help="What the UNet predicts. Pass this only if the model's config is missing or wrong.",
     )
     parser.add_argument(
         "--rescale_betas_zero_snr",
         action="store_true",
-        help="Use a noise schedule with zero terminal SNR, if the model doesn't say that it needs one.",
+        help="Use a noise schedule with zero terminal SNR. Pass this only if the model's config lacks it.",
     )
 
     # Data
@@ -256,7 +257,7 @@ def parse_args(input_args: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         "--use_aspect_ratio_buckets",
         action="store_true",
-        help="Train on images of several shapes, with about resolution x resolution pixels each, not on squares.",
+        help="Crop images to the nearest of several shapes, each with about resolution x resolution pixels, instead of to squares.",
     )
     parser.add_argument(
         "--aspect_ratio_buckets",
@@ -285,7 +286,7 @@ def parse_args(input_args: list[str] | None = None) -> argparse.Namespace:
         "--refresh_rejected_steps",
         type=int,
         default=None,
-        help="Replace the rejected images by those of the model in training every N steps.",
+        help="Every N steps, replace the rejected images with new ones from the model being trained.",
     )
 
     # Method
@@ -315,7 +316,9 @@ def parse_args(input_args: list[str] | None = None) -> argparse.Namespace:
         help="Train on the rejected images, too, as images of the ordinary word, so that the class stays as it was.",
     )
     parser.add_argument("--prior_loss_weight", type=float, default=1.0, help="Weight of the prior preservation loss.")
-    parser.add_argument("--noise_offset", type=float, default=0.0, help="Scale of the noise offset.")
+    parser.add_argument(
+        "--noise_offset", type=float, default=0.0, help="Strength of the noise offset. 0 turns it off."
+    )
 
     # LoRA
     parser.add_argument("--rank", type=int, default=32, help="Rank of the LoRA matrices.")
@@ -347,7 +350,10 @@ def parse_args(input_args: list[str] | None = None) -> argparse.Namespace:
         "--num_train_epochs", type=int, default=None, help="Passes over the photos, instead of --max_train_steps."
     )
     parser.add_argument(
-        "--max_train_steps", type=int, default=None, help="Optimizer steps. Defaults to 2000, or as the epochs need."
+        "--max_train_steps",
+        type=int,
+        default=None,
+        help="Number of optimizer steps. Defaults to 2000, unless --num_train_epochs is given.",
     )
     parser.add_argument(
         "--learning_rate",
@@ -371,18 +377,22 @@ def parse_args(input_args: list[str] | None = None) -> argparse.Namespace:
         choices=[schedule.value for schedule in SchedulerType if schedule != SchedulerType.PIECEWISE_CONSTANT],
         help="Learning rate schedule.",
     )
-    parser.add_argument("--lr_warmup_steps", type=int, default=0, help="Steps in which the learning rate rises.")
+    parser.add_argument(
+        "--lr_warmup_steps", type=int, default=0, help="Number of warmup steps, during which the learning rate rises."
+    )
     parser.add_argument("--lr_num_cycles", type=int, default=1, help="Restarts of cosine_with_restarts.")
     parser.add_argument(
         "--optimizer", type=str, default="adamw", choices=["adamw", "prodigy"], help="Optimizer to train with."
     )
     parser.add_argument(
-        "--use_8bit_adam", action="store_true", help="Use 8-bit AdamW, which keeps two bytes a weight, not eight."
+        "--use_8bit_adam",
+        action="store_true",
+        help="Use 8-bit AdamW, which needs two bytes of state per weight instead of eight.",
     )
     parser.add_argument("--adam_beta1", type=float, default=0.9, help="Adam's beta1.")
     parser.add_argument("--adam_beta2", type=float, default=0.999, help="Adam's beta2.")
     parser.add_argument("--adam_weight_decay", type=float, default=1e-4, help="Weight decay.")
-    parser.add_argument("--max_grad_norm", type=float, default=1.0, help="Norm at which gradients are clipped.")
+    parser.add_argument("--max_grad_norm", type=float, default=1.0, help="Clip gradients to this norm.")
     parser.add_argument("--seed", type=int, default=0, help="Seed for everything that is random.")
 
     # Speed and memory
@@ -473,7 +483,7 @@ def parse_args(input_args: list[str] | None = None) -> argparse.Namespace:
 
 
 def check_args(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
-    """Refuse what would be ignored or would train something else than the user thinks."""
+    """Refuse arguments that would be ignored, or that wouldn't do what the user expects."""
     if args.pretrained_model_name_or_path is None or args.instance_data_dir is None:
         parser.error("pass both --pretrained_model_name_or_path and --instance_data_dir")
     for name in ("train_batch_size", "sample_batch_size", "num_rejected_per_image", "checkpointing_steps"):
@@ -503,7 +513,7 @@ def check_args(parser: argparse.ArgumentParser, args: argparse.Namespace) -> Non
     if (args.placeholder_token is None) != (args.initializer_token is None):
         parser.error("pass both --placeholder_token and --initializer_token, or neither to learn a style")
     if args.use_8bit_adam and args.optimizer != "adamw":
-        parser.error(f"--use_8bit_adam: is for --optimizer adamw, not {args.optimizer}")
+        parser.error(f"--use_8bit_adam: works only with --optimizer adamw, not {args.optimizer}")
     if args.report_to == "wandb" and not is_wandb_available():
         parser.error("--report_to wandb: pip install wandb")
     if args.report_to == "wandb" and args.hub_token is not None:
@@ -940,7 +950,7 @@ def load_photos(
         if len(buckets) > 1:
             height, width = buckets[bucket]
             logger.info(f"Bucket {height} x {width}: {sum(photo.bucket == bucket for photo in photos)} photos")
-    logger.info(f"{len(photos)} photos. Cropping leaves out {np.mean(cropped):.1%} of them.")
+    logger.info(f"{len(photos)} photos. Cropping removes {np.mean(cropped):.1%} of them.")
     return photos
 
 
@@ -999,7 +1009,7 @@ def load_image(file: bytes | str | Path | dict) -> Image.Image:
     icc_profile = image.info.get("icc_profile")
     image = ImageOps.exif_transpose(image)
     if image.mode in ("I", "F"):
-        raise ValueError("has 32 bits per channel, and which value is white isn't known; save it with 8 or 16 bits")
+        raise ValueError("has 32 bits per channel, so its white level is unknown; save it with 8 or 16 bits")
     if image.mode.startswith("I;16"):
         image = Image.fromarray((np.asarray(image) / 257).round().astype(np.uint8))
     if image.has_transparency_data:
@@ -1028,7 +1038,7 @@ def resize_and_crop(
 ) -> tuple[torch.Tensor, list[int]]:
     """Resize an image so that it covers height x width, crop what sticks out, and mirror it if `flip`.
 
-    `crop` says where in the room that there is, from top left (0, 0) to bottom right (1, 1).
+    `crop` is the position of the crop, from top left (0, 0) to bottom right (1, 1).
 
     Returns:
         The pixels in [-1, 1], shape (3, height, width), and SDXL's micro-conditioning: original size, top left corner of
@@ -1065,7 +1075,7 @@ def warn_of_long_captions(captions: list[str], tokenizer: transformers.CLIPToken
     long = [caption for caption in captions if len(tokenizer(caption).input_ids) > limit]
     if long:
         logger.warning(
-            f"{len(long)} of {len(captions)} captions have more than {limit - 2} tokens, and the rest is cut off. "
+            f"{len(long)} of {len(captions)} captions have more than {limit - 2} tokens and are cut off there. "
             f"The first one: {long[0][:100]!r}"
         )
 
@@ -1228,17 +1238,17 @@ def sample_noise(
     Those of a pair depend on the seed and on its position in the run alone, so they don't change with the number of
     processes, and a resumed run repeats them. Training is stream 0, held-out pairs are stream 1.
     """
-    generator = torch.Generator(device)
-    noise = torch.empty((len(positions), *shape), device=device)
-    timesteps = torch.empty(len(positions), dtype=torch.long, device=device)
+    generator = torch.Generator()  # on the CPU, so that the numbers don't depend on the device
+    noise = torch.empty((len(positions), *shape))
+    timesteps = torch.empty(len(positions), dtype=torch.long)
     for i, position in enumerate(positions):
         # On a CPU, torch uses only 32 bits of a seed, so the numbers must be mixed and not just added.
         generator.manual_seed(int(np.random.SeedSequence((seed, stream, position)).generate_state(1)[0]))
-        noise[i] = torch.randn(shape, generator=generator, device=device)
-        timesteps[i] = torch.randint(num_train_timesteps, (), generator=generator, device=device)
+        noise[i] = torch.randn(shape, generator=generator)
+        timesteps[i] = torch.randint(num_train_timesteps, (), generator=generator)
         if noise_offset > 0:
-            noise[i] += noise_offset * torch.randn((shape[0], 1, 1), generator=generator, device=device)
-    return noise, timesteps
+            noise[i] += noise_offset * torch.randn((shape[0], 1, 1), generator=generator)
+    return noise.to(device), timesteps.to(device)
 
 
 def compute_photo_loss(
@@ -1428,7 +1438,7 @@ def check_run(run: dict, checkpoint: Path, state: dict) -> None:
 def load_checkpoint(checkpoint: Path, accelerator: Accelerator) -> None:
     random_states = checkpoint / f"random_states_{accelerator.process_index}.pkl"
     try:
-        accelerator.load_state(str(checkpoint))
+        accelerator.load_state(str(checkpoint), map_location="cpu")  # else the optimizer is on the device twice
         if random_states.exists() and accelerator.step == 0:  # accelerate ignores it
             raise ValueError(f"{random_states.name} is damaged")
     except Exception as error:  # torch and safetensors raise errors of many kinds for damaged files
@@ -1703,21 +1713,28 @@ def save_lora(
         state_dict = get_peft_model_state_dict(module)
         layers[f"{name}_lora_layers"] = {f"{prefix}{key}": value.contiguous() for key, value in state_dict.items()}
         metadata[f"{name}_lora_adapter_metadata"] = module.peft_config["default"].to_dict()
-        named = {f"{name}.{prefix}{key}": value for key, value in state_dict.items()}
-        converted = convert_state_dict_to_kohya(named)
-        for key, value in named.items():
-            if key.endswith("lora_A.weight"):  # the conversion writes the rank where the alpha belongs
-                layer = key.removeprefix(f"{name}.{prefix}").removesuffix(".lora_A.weight")
-                scaling = module.get_submodule(layer).scaling["default"]
-                alpha_key = next(iter(convert_state_dict_to_kohya({key: value}))).split(".")[0] + ".alpha"
-                converted[alpha_key] = torch.tensor(scaling * len(value))
-        kohya.update(converted)
+        if kohya_format:
+            kohya.update(lora_to_kohya(module, state_dict, f"{name}.{prefix}"))
     temporary = output_dir / "tmp-lora.safetensors"
     pipeline.save_lora_weights(output_dir, weight_name=temporary.name, **layers, **metadata)
     move_into_place(temporary, output_dir / "pytorch_lora_weights.safetensors")
     if kohya_format:
-        save_file({key: value.contiguous() for key, value in kohya.items()}, temporary)
+        save_file(kohya, temporary)
         move_into_place(temporary, output_dir / "pytorch_lora_weights_kohya.safetensors")
+
+
+# Copied from train_diffusion_mapo_sdxl.lora_to_kohya
+def lora_to_kohya(
+    module: torch.nn.Module, state_dict: dict[str, torch.Tensor], prefix: str
+) -> dict[str, torch.Tensor]:
+    """Convert a model's LoRA to kohya's names. diffusers' conversion writes the rank where the alpha belongs."""
+    kohya = convert_state_dict_to_kohya({f"{prefix}{key}": value for key, value in state_dict.items()})
+    for key, value in state_dict.items():
+        if key.endswith(".lora_A.weight"):
+            scaling = module.get_submodule(key.removesuffix(".lora_A.weight")).scaling["default"]
+            kohya_key = next(iter(convert_state_dict_to_kohya({f"{prefix}{key}": value})))
+            kohya[kohya_key.split(".")[0] + ".alpha"] = torch.tensor(scaling * len(value))
+    return {key: value.contiguous() for key, value in kohya.items()}
 
 
 def save_token_embeddings(token_embeddings: list[TokenEmbedding], output_dir: Path) -> None:
@@ -1834,6 +1851,8 @@ def make_accelerator(args: argparse.Namespace) -> Accelerator:
         num_cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
         torch.set_num_threads(max(1, num_cores // accelerator.num_processes))
         torch.set_flush_denormal(True)
+    if accelerator.distributed_type == DistributedType.FSDP:
+        raise ValueError("FSDP isn't supported; use configs/ddp.yaml")
     if args.allow_tf32:
         torch.set_float32_matmul_precision("high")
     set_seed(args.seed)
@@ -1921,6 +1940,8 @@ def main(args: argparse.Namespace) -> None:
             flush=True,
         )
     accelerator = make_accelerator(args)
+    if accelerator.distributed_type == DistributedType.DEEPSPEED:
+        raise ValueError("DeepSpeed isn't supported: a LoRA needs no sharding; use configs/ddp.yaml")
     output_dir = Path(args.output_dir)
     output_dir.mkdir(parents=True, exist_ok=True)
     checkpoint = find_checkpoint(args.resume_from_checkpoint, output_dir, args.overwrite_output_dir)
@@ -2235,7 +2256,7 @@ def main(args: argparse.Namespace) -> None:
         for token_embedding in token_embeddings:
             token_embedding.restore_norms()
         if not is_finite:
-            logger.warning(f"Step {global_step} is skipped, because its gradient isn't finite.")
+            logger.warning(f"Step {global_step} is skipped: its gradient isn't finite.")
 
         # Log means over the photos of the step.
         extra = torch.stack([grad_norm, torch.tensor(float(stop_signal.came()), device=accelerator.device)])
@@ -2270,7 +2291,7 @@ def main(args: argparse.Namespace) -> None:
         if stopped:
             progress_bar.close()
             logger.info(
-                f"{stop_signal.name or 'Stopped'}: {saved} is written; --resume_from_checkpoint latest resumes."
+                f"{stop_signal.name or 'Stopped'}: {saved} is written. Resume with --resume_from_checkpoint latest."
             )
             break
         is_validation_step = global_step % args.validation_steps == 0 and args.validation_prompts is not None

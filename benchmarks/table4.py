@@ -418,6 +418,7 @@ def main() -> None:
         parser.error("there is no CUDA device; --dry_run uses the demo's model and the CPU, --count needs none")
 
     started = time.time()
+    args.output.parent.mkdir(parents=True, exist_ok=True)
     device = torch.device("cpu" if args.dry_run else "cuda")
     device_name = f"CPU with {torch.get_num_threads()} threads" if args.dry_run else torch.cuda.get_device_name()
     model = DEMO if args.dry_run else SDXL

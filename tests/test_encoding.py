@@ -29,15 +29,18 @@ def encode(small_model, tmp_path):
     def run(pairs, buckets=BUCKETS[:1], random_crop=False, random_flip=False, seed=0, model=small_model):
         AcceleratorState._reset_state(reset_partial_state=True)
         accelerator = Accelerator(cpu=True)
+        pipeline = script.load_pipeline(str(model))
+        encoders = [pipeline.vae, pipeline.text_encoder, pipeline.text_encoder_2]
         return script.encode_pairs(
             pairs,
             script.hash_pairs(pairs, accelerator),
-            script.load_pipeline(str(model)),
+            pipeline,
             buckets,
             random_crop,
             random_flip,
             seed,
             tmp_path,
+            script.hash_components(*encoders, pipeline.tokenizer, pipeline.tokenizer_2),
             accelerator,
         )
 
@@ -359,5 +362,5 @@ def test_a_run_on_a_folder_of_mixed_shapes(train, tmp_path, caplog, monkeypatch)
         train(*flags, "--max_train_steps=8", "--aspect_ratio_buckets=64,64;48,80;80,48;32,128")
     assert "Bucket 48 x 80: 4 pairs" in caplog.text and "Bucket 80 x 48: 5 pairs" in caplog.text
     assert "Bucket 64 x 64: 6 pairs" in caplog.text and "Bucket 32 x 128: 1 pairs" in caplog.text
-    assert "Cropping leaves out 2.5% of the chosen images and 2.5% of the rejected ones" in caplog.text
+    assert "Cropping removes 2.5% of the chosen images and 2.5% of the rejected ones" in caplog.text
     assert set(shapes) <= {(2, 4, 16, 16), (2, 4, 12, 20), (2, 4, 20, 12), (2, 4, 8, 32)} and len(set(shapes)) == 3

@@ -182,7 +182,7 @@ def test_a_vote_that_is_missing_on_either_side_is_no_preference(votes, tmp_path)
 @pytest.mark.parametrize(
     ("changes", "options", "message"),
     [
-        ({"caption": None}, {}, "are those of no known data set"),
+        ({"caption": None}, {}, "don't match any known data set"),
         ({"label_0": [3.0] * 8}, {}, "label_0: has values outside 0 to 1"),
         ({"label_0": ["left"] * 8}, {}, "'left' isn't a label"),
         ({"label_0": [0.5] * 8}, {}, "no row of 'train' has a label that decides"),
@@ -280,7 +280,7 @@ def test_folders_of_pairs_as_people_have_them(tmp_path, caplog):
     assert "1 files aren't images that can be read: w/Thumbs.db" in caplog.text
 
     (folder / "l" / "3.jpg").write_bytes(b"")
-    with pytest.raises(ValueError, match="has the same name; which one is the image"):
+    with pytest.raises(ValueError, match="has the same name; delete or rename one of the two"):
         load_pairs(str(folder))
     (folder / "l" / "3.jpg").unlink()
     (folder / "l" / "3.png").unlink()

@@ -26,7 +26,7 @@ def base(tmp_path_factory) -> list[str]:
     model = write_model(folder / "model")
     pairs = write_pairs(folder / "pairs.parquet")
     flags = f"--pretrained_model_name_or_path={model} --dataset_name={pairs} --resolution=32 --max_train_steps=4 "
-    flags += "--learning_rate=1e-4 --random_flip --num_validation_pairs=2 --validation_steps=2 "
+    flags += "--learning_rate=1e-4 --random_flip --num_validation_pairs=5 --validation_steps=2 "
     flags += f"--checkpointing_steps=2 --num_inference_steps=2 --cache_dir={folder / 'cache'} "
     flags += "--validation_prompts rocket fox camera"
     return flags.split()
@@ -79,7 +79,7 @@ def test_two_processes_do_what_one_does(train, base, tmp_path):
     again = tmp_path / "again"
     flags = [*in_two, "--resume_from_checkpoint=latest"]
     compute_loss = "train_diffusion_mapo_sdxl.compute_loss"
-    train(again, *flags, signal_at=[compute_loss, 7, signal.SIGKILL], signal_to=1, codes=[1, -signal.SIGKILL])
+    train(again, *flags, signal_at=[compute_loss, 10, signal.SIGKILL], signal_to=1, codes=[1, -signal.SIGKILL])
     assert [path.name for path in again.glob("checkpoint-*")] == ["checkpoint-2"]
     printed = train(again, *flags, signal_at=[compute_loss, 2, signal.SIGTERM], signal_to=1, codes=[0, 0])
     checkpoint = again / "checkpoint-3"

@@ -137,7 +137,7 @@ def test_a_signal_ends_the_run_with_a_checkpoint_that_resumes(kind, number, trai
 def test_when_accelerate_launch_is_terminated_the_trainer_writes_a_checkpoint(flags, tmp_path):
     out = tmp_path / "out"
     command = [sys.executable, "-m", "accelerate.commands.launch", str(REPO / f"{SCRIPT}.py"), *flags]
-    command += ["--max_train_steps=10000", "--checkpointing_steps=10000", f"--output_dir={out}"]
+    command += ["--max_train_steps=300", "--checkpointing_steps=300", f"--output_dir={out}"]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as launcher:
         while not out.exists():
             assert launcher.poll() is None, launcher.stdout.read()

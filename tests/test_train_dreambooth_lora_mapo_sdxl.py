@@ -652,7 +652,7 @@ def test_photos_of_several_shapes_train_in_buckets(flags, trainer, tmp_path, cap
     with caplog.at_level("INFO"):
         out = trainer.run(*buckets, *flags.split(), data=data)
     assert [image.shape[:2] for image in trainer.sampled[0][1]] == [(32, 64), (32, 32), (64, 32), (32, 64)]
-    assert "Bucket 32 x 64: 2 photos" in caplog.text and "Cropping leaves out 13" in caplog.text
+    assert "Bucket 32 x 64: 2 photos" in caplog.text and "Cropping removes 13" in caplog.text
     assert all(record["grad_norm"] > 0 for record in metrics_of(out))
 
 
