@@ -512,9 +512,9 @@ def test_a_finished_lora_run_continues_on_other_pairs(model, train):
     pairs = write_pairs(first.parent / "other.parquet")
     other = [f"--lora_weights={first}", f"--dataset_name={pairs}"]
     unchanged = train(*base, *other, "--learning_rate=0", output_dir="unchanged")
-    assert (unchanged / "pytorch_lora_weights.safetensors").read_bytes() == (
-        first / "pytorch_lora_weights.safetensors"
-    ).read_bytes()
+    # Tensor by tensor, as safetensors writes a file's header in no fixed order.
+    kept = load_file(unchanged / "pytorch_lora_weights.safetensors")
+    assert kept.keys() == before.keys() and all(torch.equal(kept[key], before[key]) for key in before)
 
     second = train(*base, *other, "--learning_rate=1e-2", "--output_kohya_format", output_dir="second")
     after = load_file(second / "pytorch_lora_weights.safetensors")
