@@ -15,7 +15,7 @@
 Run both training scripts as a user would, on SDXL in full size with random weights and on random images of 1024 px.
 
     python benchmarks/gpu_acceptance.py              # on a GPU
-    python benchmarks/gpu_acceptance.py --dry_run    # on the CPU in fp32 with the demo's model, a few minutes
+    python benchmarks/gpu_acceptance.py --dry_run    # on the CPU in fp32 with the demo's model, 10 minutes
 
 The most valuable checks come first. Each result is a JSON line in `--output_dir`, and the table is printed as Markdown.
 A call ends after `--budget_s` seconds. The next one runs what is missing: checks that there was no time for, and those
