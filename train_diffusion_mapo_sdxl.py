@@ -2415,7 +2415,7 @@ def main(args: argparse.Namespace) -> None:
             pipeline, unwrapped_unet, prompt_embeds, pooled_prompt_embeds, args, accelerator
         )
 
-    # What is in a checkpoint besides the UNet and the optimizer?
+    # Checkpoints also hold the learning rate schedule and the averaged weights.
     accelerator.register_for_checkpointing(lr_scheduler)  # not prepared, or it would step once per process
     ema_unet = None
     if args.use_ema:
